@@ -1,0 +1,3 @@
+"""fastvae: variational autoencoders at the speed of the hardware."""
+
+__version__ = "0.1.0"
