@@ -22,6 +22,7 @@ __all__ = [
     "gather_batch",
     "gaussian_nll",
     "kl_normal",
+    "kl_per_dim",
     "kl_standard_normal",
     "normal_noise",
     "permutation",
@@ -37,7 +38,7 @@ LOG_2PI = math.log(2.0 * math.pi)
 # --- noise: a pure function of (seed, stream, example, sample, element) -------------------------------------------------
 
 # one stream per purpose, so that no two purposes ever share a random number
-STREAM_NOISE, STREAM_BINARIZE, STREAM_DEQUANTIZE, STREAM_SHUFFLE, STREAM_PRIOR = range(5)
+STREAM_NOISE, STREAM_BINARIZE, STREAM_DEQUANTIZE, STREAM_SHUFFLE, STREAM_PRIOR, STREAM_DATA = range(6)
 
 _MASK32 = 0xFFFFFFFF
 
@@ -191,13 +192,18 @@ def reparameterize(
     return (mu + torch.exp(0.5 * logvar) * eps).to(dtype)
 
 
-def kl_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mu, exp(logvar)) || N(0, I)) = 1/2 sum_l [mu_l^2 + exp(logvar_l) - 1 - logvar_l]: the paper's Appendix B.
+def kl_per_dim(mu: Tensor, logvar: Tensor) -> Tensor:
+    """The terms of `kl_standard_normal`, `[..., L]`: what each latent dimension costs.
 
-    `[..., L]` -> `[...]`. `expm1` keeps the digits near the prior, where the usual form cancels.
+    `expm1` keeps the digits near the prior, where exp(logvar) - 1 - logvar cancels.
     """
     mu, logvar = _widen(mu, logvar)
-    return 0.5 * (mu.square() + (torch.expm1(logvar) - logvar)).sum(-1)
+    return 0.5 * (mu.square() + (torch.expm1(logvar) - logvar))
+
+
+def kl_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(0, I)) = 1/2 sum_l [mu_l^2 + exp(logvar_l) - 1 - logvar_l]: the paper's Appendix B."""
+    return kl_per_dim(mu, logvar).sum(-1)
 
 
 def kl_normal(mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logvar_p: Tensor) -> Tensor:

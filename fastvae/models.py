@@ -1,0 +1,378 @@
+"""The variational autoencoder and its encoders and decoders.
+
+The model of the paper (Kingma & Welling 2013, Appendix C): q(z|x) = N(mu(x), sigma^2(x)), prior N(0, I), p(x|z) Bernoulli
+or Gaussian, MLPs h = ReLU(W1 x + b1), mu = W2 h + b2, log sigma^2 = W3 h + b3; and a convolutional pair for images.
+
+Any `nn.Module` that maps data `[B, D]` to `[B, 2 L]` (mu, then logvar) is an encoder, any that maps latents `[..., L]` to
+the parameters of a likelihood `[..., outputs_per_element * D]` is a decoder: `VAE(encoder, decoder, likelihood)`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastvae import functional as F
+from fastvae import reference
+from fastvae.errors import FastvaeError
+from fastvae.nn import BernoulliLikelihood, Likelihood, likelihood_from_config
+
+__all__ = ["VAE", "ConvDecoder", "ConvEncoder", "Loss", "MLPDecoder", "MLPEncoder"]
+
+FORMAT = 1
+"""Version of config.json: a newer one is refused."""
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
+
+
+def _mlp(widths: Sequence[int], activation: str) -> nn.Sequential:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    layers = [(nn.Linear(i, o), ACTIVATIONS[activation]()) for i, o in pairwise(widths)]
+    return nn.Sequential(*(module for pair in layers for module in pair))
+
+
+class MLPEncoder(nn.Module):
+    """`[..., D]` -> `[..., 2 L]`; mu and logvar come from one matrix product."""
+
+    def __init__(self, data_dim: int, hidden: Sequence[int], latent_dim: int, activation: str = "relu") -> None:
+        super().__init__()
+        self.body = _mlp([data_dim, *hidden], activation)
+        self.head = nn.Linear([data_dim, *hidden][-1], 2 * latent_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(x))
+        return out
+
+
+class MLPDecoder(nn.Module):
+    """`[..., L]` -> `[..., outputs]`. In training the output layer `head` is fused with the likelihood."""
+
+    def __init__(self, latent_dim: int, hidden: Sequence[int], outputs: int, activation: str = "relu") -> None:
+        super().__init__()
+        self.body = _mlp([latent_dim, *hidden], activation)
+        self.head = nn.Linear([latent_dim, *hidden][-1], outputs)
+
+    def forward(self, z: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(z))
+        return out
+
+
+def _halved(size: int) -> int:
+    return (size + 1) // 2
+
+
+class ConvEncoder(nn.Module):
+    """`[..., C H W]` -> `[..., 2 L]`: convolutions that halve the image, then one linear layer."""
+
+    def __init__(
+        self, image_shape: Sequence[int], channels: Sequence[int], latent_dim: int, activation: str = "relu"
+    ) -> None:
+        super().__init__()
+        self.image_shape = _channels_first(image_shape)
+        c, h, w = self.image_shape
+        layers: list[nn.Module] = []
+        for c_in, c_out in pairwise([c, *channels]):
+            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), ACTIVATIONS[activation]()]
+            h, w = _halved(h), _halved(w)
+        self.body = nn.Sequential(*layers, nn.Flatten())
+        self.head = nn.Linear([c, *channels][-1] * h * w, 2 * latent_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(x.reshape(-1, *self.image_shape)))
+        return out.unflatten(0, x.shape[:-1])
+
+
+class ConvDecoder(nn.Module):
+    """`[..., L]` -> `[..., outputs_per_element C H W]`: the mirror of `ConvEncoder`."""
+
+    def __init__(
+        self,
+        latent_dim: int,
+        channels: Sequence[int],
+        image_shape: Sequence[int],
+        outputs_per_element: int = 1,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        c, h, w = _channels_first(image_shape)
+        sizes = [(h, w)]
+        for _ in channels:
+            sizes.append((_halved(sizes[-1][0]), _halved(sizes[-1][1])))
+        wide = [*reversed(channels)]
+        self.body = nn.Sequential(
+            nn.Linear(latent_dim, (wide[0] if wide else c) * math.prod(sizes[-1])), ACTIVATIONS[activation]()
+        )
+        self.small_shape = ((wide[0] if wide else c), *sizes[-1])
+        layers: list[nn.Module] = []
+        for i, (c_in, c_out) in enumerate(pairwise([*wide, c * outputs_per_element])):
+            (h_in, w_in), (h_out, w_out) = sizes[-1 - i], sizes[-2 - i]
+            # a stride of 2 gives 2 n - 1 pixels; the output padding makes up for even sizes
+            padding = (h_out - (2 * h_in - 1), w_out - (2 * w_in - 1))
+            layers += [nn.ConvTranspose2d(c_in, c_out, 3, stride=2, padding=1, output_padding=padding)]
+            layers += [ACTIVATIONS[activation]()]
+        self.deconvolutions = nn.Sequential(*layers[:-1])
+
+    def forward(self, z: Tensor) -> Tensor:
+        small = self.body(z.reshape(-1, z.shape[-1])).unflatten(-1, self.small_shape)
+        return self.deconvolutions(small).flatten(1).unflatten(0, z.shape[:-1])
+
+
+def _channels_first(image_shape: Sequence[int]) -> tuple[int, int, int]:
+    shape = tuple(image_shape) if len(image_shape) == 3 else (1, *image_shape)
+    if len(shape) != 3:
+        raise FastvaeError(f"a convolutional model needs images [H, W] or [C, H, W], got examples of {list(image_shape)}")
+    return shape
+
+
+class Loss(NamedTuple):
+    """What `VAE.forward` returns; `loss` alone is differentiable."""
+
+    loss: Tensor
+    """Scalar: mean over the batch of nll + beta * kl (or the free-bits form of the KL)."""
+    nll: Tensor
+    """-log p(x|z) `[B]`, nats."""
+    kl: Tensor
+    """KL[q(z|x) || p(z)] `[B]`, nats, unweighted."""
+
+
+class VAE(nn.Module):
+    """A variational autoencoder.
+
+    Args:
+        encoder: data `[B, D]` -> `[B, 2 L]`, mu then logvar.
+        decoder: latents `[..., L]` -> parameters of the likelihood.
+        likelihood: p(x|z), see `fastvae.nn`.
+        data_shape: shape of one example, for pictures; D is its product.
+        latent_dim: L.
+
+    >>> vae = VAE.mlp(data_shape=(28, 28), latent_dim=20, hidden=(400,))
+    >>> vae(x).loss.backward()
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        likelihood: Likelihood,
+        *,
+        data_shape: Sequence[int],
+        latent_dim: int,
+        architecture: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if latent_dim < 1:
+            raise FastvaeError(f"latent_dim is {latent_dim}, expected at least 1")
+        self.encoder, self.decoder, self.likelihood = encoder, decoder, likelihood
+        self.data_shape, self.latent_dim = tuple(data_shape), latent_dim
+        self.architecture = architecture or {"name": "custom"}
+
+    @classmethod
+    def mlp(
+        cls,
+        *,
+        data_shape: Sequence[int],
+        latent_dim: int,
+        hidden: Sequence[int] = (400,),
+        activation: str = "relu",
+        likelihood: Likelihood | None = None,
+    ) -> VAE:
+        """The paper's model: `hidden` widths for the encoder, reversed for the decoder."""
+        likelihood = likelihood or BernoulliLikelihood()
+        data_dim = math.prod(data_shape)
+        encoder = MLPEncoder(data_dim, hidden, latent_dim, activation)
+        decoder = MLPDecoder(latent_dim, [*reversed(hidden)], likelihood.outputs_per_element * data_dim, activation)
+        architecture = {"name": "mlp", "hidden": list(hidden), "activation": activation}
+        return cls(
+            encoder, decoder, likelihood, data_shape=data_shape, latent_dim=latent_dim, architecture=architecture
+        )
+
+    @classmethod
+    def conv(
+        cls,
+        *,
+        data_shape: Sequence[int],
+        latent_dim: int,
+        hidden: Sequence[int] = (32, 64),
+        activation: str = "relu",
+        likelihood: Likelihood | None = None,
+    ) -> VAE:
+        """Convolutions of `hidden` channels, each halving the image, for data `[H, W]` or `[C, H, W]`."""
+        likelihood = likelihood or BernoulliLikelihood()
+        encoder = ConvEncoder(data_shape, hidden, latent_dim, activation)
+        decoder = ConvDecoder(latent_dim, hidden, data_shape, likelihood.outputs_per_element, activation)
+        architecture = {"name": "conv", "hidden": list(hidden), "activation": activation}
+        return cls(
+            encoder, decoder, likelihood, data_shape=data_shape, latent_dim=latent_dim, architecture=architecture
+        )
+
+    # the model
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """Data `[B, D]` or `[B, *data_shape]`, float in [0, 1] or uint8, as floating point `[B, D]`."""
+        if x.shape[1:].numel() != math.prod(self.data_shape) or x.ndim < 2:
+            raise FastvaeError(
+                f"data of shape {list(x.shape)} does not fit a model for [B, *{list(self.data_shape)}]"
+            )
+        x = x.flatten(1)
+        return x if x.is_floating_point() else x.float() / (255.0 if x.dtype == torch.uint8 else 1.0)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """q(z|x): mu and logvar, `[B, L]` each."""
+        mu, logvar = self.encoder(self._flat(x)).chunk(2, dim=-1)
+        return mu, logvar
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The parameters of p(x|z), as `likelihood` takes them, for z `[..., L]`."""
+        params: Tensor = self.decoder(z)
+        return params
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        seed: Tensor | None = None,
+        beta: float | Tensor = 1.0,
+        free_bits: float = 0.0,
+        example_offset: int = 0,
+    ) -> Loss:
+        """One sample of the training loss, SGVB estimator B: mean over the batch of nll + beta * kl.
+
+        Args:
+            x: data `[B, D]` or `[B, *data_shape]`, float in [0, 1] or uint8.
+            seed: int64 `[1]`; default: drawn from torch's generator.
+            beta: weight of the KL.
+            free_bits: nats per latent dimension below which the batch-mean KL is not penalised (Kingma et al. 2016).
+            example_offset: global index of the batch's first example.
+        """
+        x = self._flat(x)
+        mu, logvar = self.encode(x)
+        z, kl = F.reparameterize_kl(mu, logvar, seed=seed, example_offset=example_offset)
+        kl_loss = kl.mean()
+        if free_bits > 0.0:
+            kl_loss = reference.kl_per_dim(mu, logvar).mean(0).clamp_min(free_bits).sum()
+        if isinstance(self.decoder, MLPDecoder):
+            nll_loss, nll = self.likelihood.linear_loss(self.decoder.body(z), self.decoder.head, x)
+        else:
+            nll_loss, nll = self.likelihood.loss(self.decode(z), x)
+        return Loss(nll_loss + beta * kl_loss, nll, kl.detach())
+
+    # using a trained model
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """E[x | z = mu(x)] `[B, *data_shape]`, in [0, 1]."""
+        return self.likelihood.mean(self.decode(self.encode(x)[0])).unflatten(-1, self.data_shape)
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """E[x|z] for z ~ N(0, I), `[num_samples, *data_shape]`, in [0, 1]."""
+        device = next(self.parameters()).device
+        z = torch.randn(num_samples, self.latent_dim, device=device, generator=generator)
+        return self.likelihood.mean(self.decode(z)).unflatten(-1, self.data_shape)
+
+    # files
+
+    def config(self) -> dict[str, Any]:
+        """What config.json holds."""
+        from fastvae import __version__
+
+        return {
+            "model_type": "fastvae",
+            "format": FORMAT,
+            "fastvae_version": __version__,
+            "architecture": self.architecture,
+            "data_shape": list(self.data_shape),
+            "latent_dim": self.latent_dim,
+            "likelihood": self.likelihood.config(),
+        }
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` (each atomically) into the folder `path`."""
+        import safetensors.torch
+
+        from fastvae.checkpoint import write_atomic
+
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        write_atomic(path / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
+        write_atomic(path / "config.json", json.dumps(self.config(), indent=2) + "\n")
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], *, encoder: nn.Module | None = None, decoder: nn.Module | None = None
+    ) -> VAE:
+        """An untrained model of the given `config()`; one of own modules needs `encoder` and `decoder`."""
+        if config.get("model_type") != "fastvae":
+            raise FastvaeError(f"config.json is of model_type {config.get('model_type')!r}, expected 'fastvae'")
+        if config["format"] > FORMAT:
+            raise FastvaeError(
+                f"the model has format {config['format']} (fastvae {config.get('fastvae_version')}), this version "
+                f"reads up to {FORMAT}: upgrade fastvae-kernels"
+            )
+        architecture = dict(config["architecture"])
+        likelihood = likelihood_from_config(config["likelihood"])
+        common = {"data_shape": tuple(config["data_shape"]), "latent_dim": config["latent_dim"]}
+        if encoder is not None and decoder is not None:
+            return cls(encoder, decoder, likelihood, architecture=architecture, **common)
+        builders = {"mlp": cls.mlp, "conv": cls.conv}
+        name = architecture.pop("name")
+        if name not in builders:
+            raise FastvaeError(f"a model of architecture {name!r} needs its own encoder= and decoder=")
+        return builders[name](**common, likelihood=likelihood, **architecture)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, encoder: nn.Module | None = None, decoder: nn.Module | None = None, **hub: Any
+    ) -> VAE:
+        """Load a model from a folder, or from the Hugging Face Hub by its `owner/name`.
+
+        Args:
+            path: a folder with config.json and model.safetensors (a run directory is one), or a Hub repository.
+            encoder, decoder: the modules, for a model with modules of your own.
+            hub: `revision`, `token`, `cache_dir` and the like, for the Hub.
+
+        Raises:
+            FastvaeError: no model there, damaged, of a newer format, or of another architecture.
+        """
+        import safetensors
+        import safetensors.torch
+
+        folder = Path(path)
+        if not folder.is_dir():
+            if len(folder.parts) != 2 or folder.is_absolute() or str(path).startswith("."):
+                raise FastvaeError(f"no model at {path}: expected a folder, or a Hub repository as owner/name")
+            from huggingface_hub import snapshot_download
+
+            patterns = ["config.json", "model.safetensors"]
+            folder = Path(snapshot_download(str(path), allow_patterns=patterns, **hub))
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise FastvaeError(f"{folder} holds no {name}: expected a folder that save_pretrained or a run wrote")
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            tensors = safetensors.torch.load_file(folder / "model.safetensors")
+        except (ValueError, safetensors.SafetensorError) as error:
+            raise FastvaeError(f"the model in {folder} is damaged: {error}") from error
+        vae = cls.from_config(config, encoder=encoder, decoder=decoder)
+        load_weights(vae, tensors, where=str(folder))
+        return vae
+
+
+def load_weights(vae: VAE, tensors: dict[str, Tensor], *, where: str) -> None:
+    """`load_state_dict` that says in one line which tensor does not fit."""
+    own = vae.state_dict()
+    for name in sorted(own.keys() | tensors.keys()):
+        got = list(tensors[name].shape) if name in tensors else "nothing"
+        expected = list(own[name].shape) if name in own else "nothing"
+        if got != expected:
+            raise FastvaeError(f"{where} is of another architecture: {name} is {got}, expected {expected}")
+    vae.load_state_dict(tensors)

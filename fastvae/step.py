@@ -1,0 +1,121 @@
+"""One training step as a function of device state, with nothing random and no synchronisation on the host.
+
+State: parameters, optimiser state, step counter, seed, schedules and data, all on the device. A step gathers its batch
+(order, scaling, binarisation), runs the model, and updates the parameters; its metrics go to a ring buffer on the device.
+Every random number is a function of (seed, step, example), so a run continues from (parameters, optimiser state, step).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastvae import functional as F
+from fastvae import reference
+from fastvae.config import TrainConfig
+from fastvae.models import VAE
+
+__all__ = ["TrainingStep", "make_optimizer", "stream_seed"]
+
+
+def stream_seed(seed: int) -> int:
+    """SplitMix64 of a run's seed: the int64 key of its step 0. Step t has key + t, and keys of two runs never meet."""
+    mask = (1 << 64) - 1
+    x = (seed + 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    x ^= x >> 31
+    return x - (1 << 64) if x >= 1 << 63 else x
+
+
+def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter], num_train: int) -> torch.optim.Optimizer:
+    """The optimiser, with the learning rate as a device scalar and the Gaussian prior on the parameters as weight decay."""
+    device = parameters[0].device
+    # the objective is a mean over examples: the prior's gradient, theta times its precision, is spread over all of them
+    weight_decay = config.weight_decay / num_train
+    if config.optimizer == "adagrad":
+        return torch.optim.Adagrad(parameters, lr=torch.tensor(config.lr), weight_decay=weight_decay)
+    lr = torch.tensor(config.lr, device=device)
+    return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+
+
+def _schedules(config: TrainConfig, num_steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Learning rate and KL weight of every step, float32 `[num_steps]` each."""
+    step = torch.arange(num_steps, dtype=torch.float64)
+    progress = (step - config.lr_warmup_steps).clamp_min(0) / max(1, num_steps - config.lr_warmup_steps)
+    shape = {
+        "constant": torch.ones_like(step),
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + torch.cos(math.pi * progress)),
+    }[config.lr_schedule]
+
+    def warmup(steps: int) -> Tensor:
+        return ((step + 1) / max(1, steps)).clamp_max(1.0)
+
+    lr = config.lr * shape * warmup(config.lr_warmup_steps)
+    beta = config.beta * warmup(config.beta_warmup_steps)
+    return lr.float().to(device), beta.float().to(device)
+
+
+class TrainingStep:
+    """Calling it takes one step. `data` is the whole training set `[N, D]` on the device.
+
+    Attributes:
+        step: steps taken, int64 `[1]` on the device.
+        metrics: ring of the last `log_every` steps, float32 `[log_every, 3]` on the device: loss, nll, kl in nats.
+    """
+
+    def __init__(
+        self, config: TrainConfig, model: VAE, optimizer: torch.optim.Optimizer, data: Tensor, num_steps: int
+    ) -> None:
+        device = data.device
+        self.config, self.model, self.optimizer, self.data = config, model, optimizer, data
+        self.steps_per_epoch = len(data) // config.batch_size
+        self.lr, self.beta = _schedules(config, num_steps, device)
+        self.key = stream_seed(config.seed)
+        self.batch = torch.arange(config.batch_size, device=device)
+        self.order = torch.empty(len(data), dtype=torch.int64, device=device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.metrics = torch.zeros(config.log_every, 3, device=device)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+    def start_epoch(self, epoch: int) -> None:
+        """Make the order of an epoch's examples: a function of (seed, epoch)."""
+        key = torch.tensor([self.key], device=self.data.device) + epoch
+        self.order.copy_(reference.permutation(key, len(self.data)))
+
+    def __call__(self) -> None:
+        config, step = self.config, self.step
+        seed = step + self.key
+        position = step % self.steps_per_epoch * config.batch_size + self.batch
+        x = F.gather_batch(
+            self.data, self.order.index_select(0, position), transform=config.transform, seed=seed
+        )
+        with self.autocast:
+            loss, nll, kl = self.model(
+                x, seed=seed, beta=self.beta.index_select(0, step), free_bits=config.free_bits
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.sum().backward()
+        if config.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"].copy_(self.lr.index_select(0, step).squeeze(0))
+        self.optimizer.step()
+        row = torch.stack([loss.detach().sum(), nll.mean(), kl.mean()]).unsqueeze(0)
+        self.metrics.index_copy_(0, step % config.log_every, row)
+        step += 1
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str):  # type: ignore[no-untyped-def]
+    """Float32 matrix products through TF32 tensor cores for "tf32", in full float32 otherwise; restored afterwards."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
