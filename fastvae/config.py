@@ -79,13 +79,15 @@ class TrainConfig:
     """Matrix products: float32; float32 through TF32 tensor cores; bfloat16 autocast with float32 weights."""
     log_every: int = 100
     """Steps between lines of metrics.jsonl (and reads of the device)."""
+    eval_every: int = 1
+    """Epochs between evaluations on the test set."""
     checkpoint_every: int | None = None
     """Steps between checkpoints (default: each epoch)."""
     tensorboard: bool = False
     """Also write TensorBoard event files into the run directory (extra: tensorboard)."""
 
     def __post_init__(self) -> None:
-        positive = ("latent_dim", "epochs", "batch_size", "lr", "log_every")
+        positive = ("latent_dim", "epochs", "batch_size", "lr", "log_every", "eval_every")
         optional = ("max_steps", "clip_grad_norm", "checkpoint_every")
         not_negative = ("lr_warmup_steps", "beta", "beta_warmup_steps", "free_bits", "weight_decay", "seed")
         for name in (*positive, *(name for name in optional if getattr(self, name) is not None)):

@@ -1,5 +1,19 @@
-"""The one exception for what a user can put right; the command line prints its line and exits with code 2."""
+"""The exceptions that the command line turns into one line and an exit code."""
+
+
+class Stopped(Exception):  # noqa: N818 (it is no error: the run was asked to stop, and can go on)
+    """A signal ended the run; everything is saved. The exit code is 128 + signum, as the shell's."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
 
 
 class FastvaeError(ValueError):
-    """A wrong argument, file or setting. The message is one line: what was got, and what was expected."""
+    """What a user can put right (exit code 2). The message is one line: what was got, and what was expected."""
+
+
+def one_line(error: BaseException) -> str:
+    """What another library said, for use in a message of ours."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(reason.split()) or type(error).__name__

@@ -1,0 +1,103 @@
+"""A run directory: what a training run leaves on the disk, and how it is read back.
+
+    train_config.json                 the resolved `TrainConfig`
+    metrics.jsonl                     a line per `log_every` steps (split train) and per evaluation (split test)
+    checkpoints/last.safetensors      everything needed to go on
+    checkpoints/best.safetensors      the same, at the lowest test negative ELBO so far
+    config.json, model.safetensors    the model, for `VAE.from_pretrained`
+    figures/*.png
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastvae.checkpoint import load_checkpoint, write_atomic
+from fastvae.config import TrainConfig
+from fastvae.errors import FastvaeError
+
+__all__ = ["Run"]
+
+
+class Run:
+    """The files of one run directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "train_config.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.last = path / "checkpoints" / "last.safetensors"
+        self.best = path / "checkpoints" / "best.safetensors"
+        self.figures = path / "figures"
+
+    @classmethod
+    def create(cls, config: TrainConfig) -> Run:
+        """A new directory: `config.out`, which must not hold anything yet, or the first free runs/DATA."""
+        if config.out is not None:
+            path = config.out
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise FastvaeError(f"{path} exists already: expected a new --out (to go on: fastvae resume {path})")
+        else:
+            name = Path(config.data).stem or "run"
+            numbered = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 1_000_000))
+            path = next(p for p in numbered if not p.exists())
+        run = cls(path)
+        try:
+            for folder in (run.last.parent, run.figures):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FastvaeError(f"cannot create {path}: {error.strerror}") from error
+        run.write_config(config)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """An existing one."""
+        run = cls(path)
+        if not run.config_file.is_file():
+            raise FastvaeError(f"{path} is no run directory: expected {run.config_file.name} in it")
+        return run
+
+    def write_config(self, config: TrainConfig) -> None:
+        write_atomic(self.config_file, config.to_json())
+
+    def read_config(self) -> TrainConfig:
+        try:
+            fields = json.loads(self.config_file.read_text())
+        except ValueError as error:
+            raise FastvaeError(f"{self.config_file} is damaged: {error}") from error
+        return TrainConfig.from_dict(fields)
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All whole lines: a process that was killed may have left half of the last one."""
+        if not self.metrics_file.is_file():
+            return []
+        lines = self.metrics_file.read_text().split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop what was logged after `step`: a resumed run logs it again."""
+        rows = [row for row in self.read_metrics() if row["step"] <= step]
+        write_atomic(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def newest_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
+        """Tensors and metadata of the newest whole checkpoint, and a line about a damaged one that was skipped."""
+        skipped = None
+        for path in (self.last, self.best):
+            if not path.is_file():
+                continue
+            try:
+                return *load_checkpoint(path), skipped
+            except FastvaeError as error:
+                skipped = f"skipped a checkpoint: {error}"
+        if skipped:
+            raise FastvaeError(f"no whole checkpoint in {self.last.parent}; {skipped}")
+        raise FastvaeError(f"no checkpoint in {self.last.parent}: the run ended before its first one; start it again")
