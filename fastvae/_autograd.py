@@ -15,21 +15,19 @@ from torch.autograd import Function
 
 from fastvae import reference
 
-Kernels = Any  # a module: the two kernel packages and `fastvae._library` share the signatures of their `_fwd` and `_bwd`
+Kernels = (
+    Any  # a module: the two kernel packages and `fastvae._library` share the signatures of their `_fwd` and `_bwd`
+)
 Grad = Tensor | None
 
 
-def _reference_grads(
-    op: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Grad]
-) -> tuple[Grad, ...]:
+def _reference_grads(op: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Grad]) -> tuple[Grad, ...]:
     """The vector-Jacobian product of a reference op, differentiable again."""
     outputs = op(*inputs)
     pairs = [(o, g) for o, g in zip(outputs if isinstance(outputs, tuple) else (outputs,), grads) if g is not None]
     needed = [t for t in inputs if t.requires_grad]
     found = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs], needed, [g for _, g in pairs], create_graph=True, allow_unused=True
-        )
+        torch.autograd.grad([o for o, _ in pairs], needed, [g for _, g in pairs], create_graph=True, allow_unused=True)
     )
     return tuple(next(found) if t.requires_grad else None for t in inputs)
 
@@ -80,9 +78,7 @@ class KLStandardNormal(Function):
 
 class KLNormal(Function):
     @staticmethod
-    def forward(
-        ctx: Any, kernels: Kernels, mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logvar_p: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, kernels: Kernels, mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logvar_p: Tensor) -> Tensor:
         ctx.save_for_backward(mu_q, logvar_q, mu_p, logvar_p)
         ctx.kernels = kernels
         return kernels.kl_normal_fwd(mu_q, logvar_q, mu_p, logvar_p)

@@ -1,7 +1,7 @@
 """Training losses whose forward already writes the gradient: half the passes of a likelihood and its backward.
 
-loss = sum_r w_r nll_r with row weights w known before the forward (1 / batch for a mean, or importance weights). The one
-kernel that reads the prediction and the data writes nll and d loss / d prediction; the backward multiplies by the
+loss = sum_r w_r nll_r with row weights w known before the forward (1 / batch for a mean, or importance weights). The
+one kernel that reads the prediction and the data writes nll and d loss / d prediction; the backward multiplies by the
 upstream scalar. The gradient buffer is given up by the first backward: a second one (`retain_graph`) recomputes it.
 """
 
@@ -83,7 +83,7 @@ class LinearBernoulliLoss(Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(h, weight, bias, x, row_weight, binarize_seed)
         ctx.kernels, ctx.example_offset = kernels, example_offset
-        nll, *ctx.grads = _linear_bernoulli(kernels, *ctx.saved_tensors, example_offset)
+        nll, *ctx.grads = _linear_bernoulli(kernels, ctx.saved_tensors, example_offset)
         ctx.mark_non_differentiable(nll)
         return (row_weight * nll).sum(), nll
 
@@ -93,7 +93,7 @@ class LinearBernoulliLoss(Function):
         h, weight, bias = ctx.saved_tensors[:3]
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            grads = _linear_bernoulli(ctx.kernels, *ctx.saved_tensors, ctx.example_offset)[1:]
+            grads = _linear_bernoulli(ctx.kernels, ctx.saved_tensors, ctx.example_offset)[1:]
         dlogits, dbias = grads
         rows = dlogits.flatten(0, -2)
         # the upstream scalar meets the small gradients, not dlogits
@@ -103,16 +103,8 @@ class LinearBernoulliLoss(Function):
         return None, *small, None, None, None, None
 
 
-def _linear_bernoulli(
-    kernels: Kernels,
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x: Tensor,
-    row_weight: Tensor,
-    binarize_seed: Grad,
-    example_offset: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_bernoulli(kernels: Kernels, saved: Any, example_offset: int) -> tuple[Tensor, Tensor, Tensor]:
+    """nll, and the gradients of the logits (in their place) and of the bias."""
+    h, weight, bias, x, row_weight, binarize_seed = saved
     logits = torch.nn.functional.linear(h, weight, bias)
-    x = x.expand(logits.shape)
     return kernels.bernoulli_nll_with_grad(logits, x, row_weight, binarize_seed, example_offset, True, out=logits)

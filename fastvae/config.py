@@ -1,4 +1,4 @@
-"""Everything that decides a training run, in one frozen dataclass: the command line, config and checkpoint all hold it."""
+"""Everything that decides a training run, in one frozen dataclass: the command line and the run directory share it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class TrainConfig:
     free_bits: float = 0.0
     """Nats per latent dimension below which the KL is not penalised."""
     weight_decay: float = 0.0
-    """Precision of a Gaussian prior on the parameters; 1 is the paper's N(0, I). Its gradient is weight_decay / N_train."""
+    """Precision of a Gaussian prior on the parameters (1: the paper's N(0, I)); its gradient is divided by N_train."""
     clip_grad_norm: float | None = None
     """Largest 2-norm of the gradient (default: no clipping)."""
 
@@ -100,7 +100,9 @@ class TrainConfig:
             raise FastvaeError(f"--hidden is {list(self.hidden)}, expected widths of 1 or more")
         for name in ("dequantize", "shared_logvar"):
             if getattr(self, name) and self.likelihood != "gaussian":
-                raise FastvaeError(f"{_flag(name)} belongs to --likelihood gaussian, got --likelihood {self.likelihood}")
+                raise FastvaeError(
+                    f"{_flag(name)} belongs to --likelihood gaussian, got --likelihood {self.likelihood}"
+                )
         if self.architecture == "conv" and not self.hidden:
             raise FastvaeError("--hidden is empty, expected at least one number of channels for --architecture conv")
 

@@ -46,7 +46,7 @@ class DiagonalNormal(Distribution):
         shape = torch.Size(batch_shape) + self.event_shape
         return DiagonalNormal(self.mu.expand(shape), self.logvar.expand(shape), validate_args=False)
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draws `[*sample_shape, ..., L]`, differentiable; the seed comes from torch's generator."""
         sample_shape = torch.Size(sample_shape)
         if not sample_shape:
@@ -65,7 +65,7 @@ class DiagonalNormal(Distribution):
         """KL(self || N(0, I)) in nats, `[...]`."""
         return F.kl_standard_normal(self.mu, self.logvar)
 
-    def to_independent(self) -> Independent:
+    def to_independent(self) -> Any:
         """The same distribution in torch's own classes."""
         return Independent(Normal(self.mu, self.stddev, validate_args=False), 1, validate_args=False)
 

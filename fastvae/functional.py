@@ -1,12 +1,13 @@
 """The public ops: checked, dispatched to the fastest kernels for their tensors, differentiable.
 
 CUDA (ROCm, XPU) tensors go to the Triton kernels, CPU tensors to the Numba kernels, and whatever these do not take
-(float64, MPS, `torch.func` transforms, forward-mode AD) to `fastvae.reference`. `FASTVAE_BACKEND=auto|triton|numba|reference`
-overrides the choice; `triton` sends CPU tensors to the Triton kernels, for Triton's interpreter.
+(float64, MPS, `torch.func` transforms, forward-mode AD) to `fastvae.reference`. The environment variable
+`FASTVAE_BACKEND=auto|triton|numba|reference` overrides the choice; `triton` sends CPU tensors to the Triton kernels,
+for Triton's interpreter.
 
-Conventions: the event is the last dimension; leading dimensions broadcast; losses are in nats, summed over the event, one
-value per example, float32; the caller reduces. Predictions are float32, bfloat16, float16 or float64, gradients come
-back in the same type. Data is floating point in [0, 1], bool, or uint8 (0..255 means x / 255).
+Conventions: the event is the last dimension; leading dimensions broadcast; losses are in nats, summed over the event,
+one value per example, float32; the caller reduces. Predictions are float32, bfloat16, float16 or float64, gradients
+come back in the same type. Data is floating point in [0, 1], bool, or uint8 (0..255 means x / 255).
 
 Autocast: the ops take what they are given and compute in float32; losses are float32 in and out of autocast.
 
@@ -19,7 +20,6 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,6 +27,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastvae import _autograd, _one_pass, reference
+from fastvae._checks import (
+    broadcast,
+    check_num_samples,
+    check_seed,
+    data_like,
+    draw_seed,
+    predictions,
+    row_weights,
+    shapes,
+)
 
 __all__ = [
     "bernoulli_nll",
@@ -46,8 +56,6 @@ __all__ = [
 
 BACKENDS = ("auto", "triton", "numba", "reference")
 _PACKAGES = {"triton": "fastvae_kernels", "numba": "fastvae_cpu_kernels"}
-
-# --- dispatch -----------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -86,91 +94,6 @@ def _kernels(op: str, *tensors: Tensor | None) -> Any:
     return choose_backend(op, *tensors)[0]
 
 
-# --- checks at the public edge ------------------------------------------------------------------------------------------
-
-
-def _shapes(**tensors: Tensor) -> str:
-    return ", ".join(f"{name} {list(t.shape)} {str(t.dtype)[6:]} on {t.device}" for name, t in tensors.items())
-
-
-def _predictions(**tensors: Tensor) -> list[Tensor]:
-    """Floating-point tensors of one device, with at least the event dimension, in their common dtype."""
-    values = list(tensors.values())
-    first = values[0]
-    if not all(t.is_floating_point() and t.device == first.device for t in values) or first.ndim == 0:
-        raise ValueError(
-            f"expected floating-point tensors on one device with the event as last dimension, got {_shapes(**tensors)}"
-        )
-    if all(t.dtype == first.dtype for t in values):
-        return values
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in values))
-    return [t.to(dtype) for t in values]
-
-
-def _broadcast(**tensors: Tensor) -> list[Tensor]:
-    values = list(tensors.values())
-    shape = values[0].shape
-    if all(t.shape == shape for t in values):
-        return values
-    try:
-        return list(torch.broadcast_tensors(*values))
-    except RuntimeError:
-        raise ValueError(f"these shapes do not broadcast: {_shapes(**tensors)}") from None
-
-
-def _data(x: Tensor, prediction: Tensor) -> Tensor:
-    """`x` as a view of the prediction's shape."""
-    if not (x.is_floating_point() or x.dtype in (torch.uint8, torch.bool)) or x.device != prediction.device:
-        raise ValueError(
-            "expected data x as floating point, bool or uint8 on the prediction's device, got "
-            + _shapes(x=x, prediction=prediction)
-        )
-    if x.shape == prediction.shape:
-        return x
-    try:
-        return x.expand(prediction.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"data x must broadcast to the prediction, got {_shapes(x=x, prediction=prediction)}"
-        ) from None
-
-
-def _seed(seed: Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
-    if generator is not None:
-        raise ValueError("expected a seed or a generator, got both")
-    return _check_seed(seed, device)
-
-
-def _check_seed(seed: Tensor, device: torch.device) -> Tensor:
-    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
-        raise ValueError(f"expected a seed int64 [1] on {device}, got {_shapes(seed=seed)}")
-    return seed
-
-
-def _num_samples(num_samples: int) -> int:
-    if num_samples < 1:
-        raise ValueError(f"expected num_samples >= 1, got {num_samples}")
-    return num_samples
-
-
-def _row_weight(weight: Tensor | None, rows: Iterable[int], prediction: Tensor) -> Tensor:
-    """The weight of each row's nll in a loss: given, or 1 / rows for the mean."""
-    shape = torch.Size(rows)
-    if weight is None:
-        return prediction.new_full((), 1.0 / max(1, shape.numel()), dtype=torch.float32).expand(shape)
-    if weight.requires_grad:
-        raise ValueError("row weights are constants of the loss: expected a weight that needs no gradient (detach it)")
-    try:
-        return weight.to(torch.float32).expand(shape)
-    except RuntimeError:
-        raise ValueError(f"row weights must broadcast to {list(shape)}, got {_shapes(weight=weight)}") from None
-
-
-# --- latent -------------------------------------------------------------------------------------------------------------
-
-
 def reparameterize(
     mu: Tensor,
     logvar: Tensor,
@@ -188,7 +111,8 @@ def reparameterize(
         mu: posterior means `[..., B, L]`.
         logvar: posterior log-variances, broadcastable against `mu`.
         num_samples: K for `[K, ..., B, L]`; None for one sample without a sample dimension.
-        generator, seed: where the noise comes from (see the module).
+        generator: where the seed is drawn from; default: torch's own.
+        seed: the seed itself, int64 `[1]`.
         example_offset: global index of the first example, so that ranks draw what one device would have drawn.
         sample_offset: index of the first sample, so that chunks of K draw what one call would have drawn.
         stream: which of the seed's independent streams.
@@ -201,9 +125,9 @@ def reparameterize(
 
     Source: Kingma & Welling 2013, Section 2.4.
     """
-    mu, logvar = _broadcast(**dict(zip(("mu", "logvar"), _predictions(mu=mu, logvar=logvar))))
-    seed = _seed(seed, generator, mu.device)
-    num_samples = None if num_samples is None else _num_samples(num_samples)
+    mu, logvar = broadcast(**dict(zip(("mu", "logvar"), predictions(mu=mu, logvar=logvar))))
+    seed = draw_seed(seed, generator, mu.device)
+    num_samples = None if num_samples is None else check_num_samples(num_samples)
     kernels = _kernels("reparameterize", mu, logvar)
     if kernels is not None:
         return _autograd.Reparameterize.apply(
@@ -227,7 +151,7 @@ def kl_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
 
     Raises ValueError for a wrong dtype, device or shape. Source: Kingma & Welling 2013, Appendix B.
     """
-    mu, logvar = _broadcast(**dict(zip(("mu", "logvar"), _predictions(mu=mu, logvar=logvar))))
+    mu, logvar = broadcast(**dict(zip(("mu", "logvar"), predictions(mu=mu, logvar=logvar))))
     kernels = _kernels("kl_standard_normal", mu, logvar)
     if kernels is not None:
         return _autograd.KLStandardNormal.apply(kernels, mu, logvar)
@@ -237,12 +161,12 @@ def kl_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
 def kl_normal(mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logvar_p: Tensor) -> Tensor:
     """KL(N(mu_q, exp(logvar_q)) || N(mu_p, exp(logvar_p))) between diagonal Gaussians, in nats.
 
-    1/2 sum_l [(mu_q - mu_p)^2 exp(-logvar_p) + expm1(r) - r], r = logvar_q - logvar_p. All `[..., L]`, broadcast against
-    each other -> `[...]` float32. Raises ValueError for a wrong dtype, device or shape.
+    1/2 sum_l [(mu_q - mu_p)^2 exp(-logvar_p) + expm1(r) - r], r = logvar_q - logvar_p. All `[..., L]`, broadcast
+    against each other -> `[...]` float32. Raises ValueError for a wrong dtype, device or shape.
     """
     names = ("mu_q", "logvar_q", "mu_p", "logvar_p")
-    args = _predictions(mu_q=mu_q, logvar_q=logvar_q, mu_p=mu_p, logvar_p=logvar_p)
-    args = _broadcast(**dict(zip(names, args)))
+    args = predictions(mu_q=mu_q, logvar_q=logvar_q, mu_p=mu_p, logvar_p=logvar_p)
+    args = broadcast(**dict(zip(names, args)))
     kernels = _kernels("kl_normal", *args)
     if kernels is not None:
         return _autograd.KLNormal.apply(kernels, *args)
@@ -286,8 +210,8 @@ def _reparameterize_kl(
     stream: int,
     per_dim: bool,
 ) -> Any:
-    mu, logvar = _broadcast(**dict(zip(("mu", "logvar"), _predictions(mu=mu, logvar=logvar))))
-    seed = _seed(seed, generator, mu.device)
+    mu, logvar = broadcast(**dict(zip(("mu", "logvar"), predictions(mu=mu, logvar=logvar))))
+    seed = draw_seed(seed, generator, mu.device)
     kernels = _kernels("reparameterize_kl", mu, logvar)
     if kernels is not None:
         return _autograd.ReparameterizeKL.apply(kernels, mu, logvar, seed, example_offset, stream, per_dim)
@@ -313,9 +237,9 @@ def reparameterize_log_ratio(
     With `sticking_the_landing` log q is differentiated through z alone (Roeder et al. 2017). Other arguments and errors
     as `reparameterize`. Source: Kingma & Welling 2013, equation 6; Burda et al. 2015, equation 8.
     """
-    mu, logvar = _broadcast(**dict(zip(("mu", "logvar"), _predictions(mu=mu, logvar=logvar))))
-    seed = _seed(seed, generator, mu.device)
-    num_samples = _num_samples(num_samples)
+    mu, logvar = broadcast(**dict(zip(("mu", "logvar"), predictions(mu=mu, logvar=logvar))))
+    seed = draw_seed(seed, generator, mu.device)
+    num_samples = check_num_samples(num_samples)
     kernels = _kernels("reparameterize_log_ratio", mu, logvar)
     if kernels is not None:
         return _autograd.ReparameterizeLogRatio.apply(
@@ -332,12 +256,7 @@ def reparameterize_log_ratio(
     )
 
 
-# --- likelihoods --------------------------------------------------------------------------------------------------------
-
-
-def bernoulli_nll(
-    logits: Tensor, x: Tensor, *, binarize_seed: Tensor | None = None, example_offset: int = 0
-) -> Tensor:
+def bernoulli_nll(logits: Tensor, x: Tensor, *, binarize_seed: Tensor | None = None, example_offset: int = 0) -> Tensor:
     """-log p(x|z) = sum_d [softplus(l_d) - x_d l_d] of Bernoulli pixels with logits l, in nats.
 
     Args:
@@ -355,9 +274,9 @@ def bernoulli_nll(
 
     Source: Kingma & Welling 2013, Appendix C.1.
     """
-    (logits,) = _predictions(logits=logits)
-    x = _data(x, logits)
-    seed = None if binarize_seed is None else _check_seed(binarize_seed, logits.device)
+    (logits,) = predictions(logits=logits)
+    x = data_like(x, logits)
+    seed = None if binarize_seed is None else check_seed(binarize_seed, logits.device)
     # the kernels give no gradient for the data
     kernels = None if x.requires_grad else _kernels("bernoulli_nll", logits, x)
     if kernels is not None:
@@ -389,14 +308,11 @@ def gaussian_nll(mu: Tensor, logvar: Tensor, x: Tensor) -> Tensor:
 
 
 def _gaussian_args(mu: Tensor, logvar: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    mu, logvar = _predictions(mu=mu, logvar=logvar)
+    mu, logvar = predictions(mu=mu, logvar=logvar)
     # a shared log-variance keeps its shape: the kernels sum its gradient in the pass that makes it
     if not (logvar.ndim == 0 or (logvar.ndim == 1 and logvar.shape == mu.shape[-1:])):
-        mu, logvar = _broadcast(mu=mu, logvar=logvar)
-    return mu, logvar, _data(x, mu)
-
-
-# --- training losses: gradient in the same pass -------------------------------------------------------------------------
+        mu, logvar = broadcast(mu=mu, logvar=logvar)
+    return mu, logvar, data_like(x, mu)
 
 
 def bernoulli_nll_loss(
@@ -412,10 +328,10 @@ def bernoulli_nll_loss(
     `weight` broadcasts to `nll`, needs no gradient, and defaults to 1 / (number of rows), the mean. Only the first
     result is differentiable, and only once. Arguments and errors as `bernoulli_nll`.
     """
-    (logits,) = _predictions(logits=logits)
-    x = _data(x, logits)
-    seed = None if binarize_seed is None else _check_seed(binarize_seed, logits.device)
-    row_weight = _row_weight(weight, logits.shape[:-1], logits)
+    (logits,) = predictions(logits=logits)
+    x = data_like(x, logits)
+    seed = None if binarize_seed is None else check_seed(binarize_seed, logits.device)
+    row_weight = row_weights(weight, logits.shape[:-1], logits)
     kernels = None if x.requires_grad else _kernels("bernoulli_nll", logits, x)
     if kernels is not None:
         return _one_pass.BernoulliLoss.apply(kernels, logits, x, row_weight, seed, example_offset)
@@ -429,7 +345,7 @@ def gaussian_nll_loss(mu: Tensor, logvar: Tensor, x: Tensor, *, weight: Tensor |
     `weight` as in `bernoulli_nll_loss`, the other arguments and errors as `gaussian_nll`.
     """
     mu, logvar, x = _gaussian_args(mu, logvar, x)
-    row_weight = _row_weight(weight, mu.shape[:-1], mu)
+    row_weight = row_weights(weight, mu.shape[:-1], mu)
     kernels = None if x.requires_grad else _kernels("gaussian_nll", mu, logvar, x)
     if kernels is not None:
         return _one_pass.GaussianLoss.apply(kernels, mu, logvar, x, row_weight)
@@ -450,11 +366,11 @@ def linear_bernoulli_nll_loss(
     """`bernoulli_nll_loss(F.linear(h, weight, bias), x)`: the output layer and its likelihood in one.
 
     The gradient overwrites the logits, so that one `[..., D]` buffer is all there is, and the bias gradient comes from
-    the same pass. `h [..., H]`, `weight [D, H]`, `bias [D]`, `x` broadcastable to `[..., D]`, `row_weight` as `weight` of
-    `bernoulli_nll_loss`. Returns (loss, nll `[...]`), errors as `bernoulli_nll`.
+    the same pass. `h [..., H]`, `weight [D, H]`, `bias [D]`, `x` broadcastable to `[..., D]`, `row_weight` as `weight`
+    of `bernoulli_nll_loss`. Returns (loss, nll `[...]`), errors as `bernoulli_nll`.
     """
     if h.ndim < 2 or weight.ndim != 2 or h.shape[-1] != weight.shape[1] or bias.shape != weight.shape[:1]:
-        raise ValueError(f"expected h [..., H], weight [D, H], bias [D], got {_shapes(h=h, weight=weight, bias=bias)}")
+        raise ValueError(f"expected h [..., H], weight [D, H], bias [D], got {shapes(h=h, weight=weight, bias=bias)}")
     kernels = None
     if not torch.is_autocast_enabled(h.device.type):
         kernels = None if x.requires_grad else _kernels("bernoulli_nll", h, x)
@@ -463,13 +379,10 @@ def linear_bernoulli_nll_loss(
         return bernoulli_nll_loss(
             logits, x, weight=row_weight, binarize_seed=binarize_seed, example_offset=example_offset
         )
-    seed = None if binarize_seed is None else _check_seed(binarize_seed, h.device)
-    x = _data(x, h.new_empty(()).expand(*h.shape[:-1], weight.shape[0]))
-    row_weight = _row_weight(row_weight, h.shape[:-1], h)
+    seed = None if binarize_seed is None else check_seed(binarize_seed, h.device)
+    x = data_like(x, h.new_empty(()).expand(*h.shape[:-1], weight.shape[0]))
+    row_weight = row_weights(row_weight, h.shape[:-1], h)
     return _one_pass.LinearBernoulliLoss.apply(kernels, h, weight, bias, x, row_weight, seed, example_offset)
-
-
-# --- compositions -------------------------------------------------------------------------------------------------------
 
 
 def negative_elbo(nll: Tensor, kl: Tensor, *, beta: float | Tensor = 1.0) -> Tensor:
@@ -483,7 +396,7 @@ def negative_elbo(nll: Tensor, kl: Tensor, *, beta: float | Tensor = 1.0) -> Ten
     Source: Kingma & Welling 2013, equation 7. Raises ValueError for shapes that do not fit.
     """
     if nll.shape[nll.ndim - kl.ndim :] != kl.shape or nll.ndim not in (kl.ndim, kl.ndim + 1):
-        raise ValueError(f"expected nll [B] or [K, B] and kl [B], got {_shapes(nll=nll, kl=kl)}")
+        raise ValueError(f"expected nll [B] or [K, B] and kl [B], got {shapes(nll=nll, kl=kl)}")
     return (nll.mean(0) if nll.ndim > kl.ndim else nll) + beta * kl
 
 
@@ -494,11 +407,8 @@ def iwae_bound(nll: Tensor, log_ratio: Tensor) -> Tensor:
     Raises ValueError for shapes that do not fit.
     """
     if nll.shape != log_ratio.shape or nll.ndim < 1 or nll.shape[0] == 0:
-        raise ValueError(f"expected nll and log_ratio [K, B] with K >= 1, got {_shapes(nll=nll, log_ratio=log_ratio)}")
+        raise ValueError(f"expected nll and log_ratio [K, B] with K >= 1, got {shapes(nll=nll, log_ratio=log_ratio)}")
     return torch.logsumexp(log_ratio - nll, dim=0) - torch.log(nll.new_tensor(float(nll.shape[0])))
-
-
-# --- data ---------------------------------------------------------------------------------------------------------------
 
 
 def gather_batch(
@@ -512,20 +422,20 @@ def gather_batch(
 ) -> Tensor:
     """Rows `index` `[B]` of `data` `[N, D]` (uint8 or float32) as a training batch `[B, D]` in [0, 1] of type `dtype`.
 
-    `transform`: "scale" (uint8 / 255), "binarize" (Bernoulli draws), or "dequantize" (uint8: (x + u) / 256, u uniform in
-    [0, 1)); the latter two draw from `seed`. Raises ValueError for an unknown transform or wrong dtypes and shapes.
+    `transform`: "scale" (uint8 / 255), "binarize" (Bernoulli draws), or "dequantize" (uint8: (x + u) / 256, u uniform
+    in [0, 1)); the latter two draw from `seed`. Raises ValueError for an unknown transform or wrong dtypes and shapes.
     """
     if transform not in ("scale", "binarize", "dequantize"):
         raise ValueError(f"unknown transform {transform!r}, expected scale, binarize or dequantize")
     if data.ndim != 2 or index.ndim != 1 or index.dtype != torch.int64 or data.device != index.device:
         raise ValueError(
-            f"expected data [N, D] and an int64 index [B] on one device, got {_shapes(data=data, index=index)}"
+            f"expected data [N, D] and an int64 index [B] on one device, got {shapes(data=data, index=index)}"
         )
     if data.dtype not in (torch.uint8, torch.float32) or (transform == "dequantize" and data.dtype != torch.uint8):
-        raise ValueError(f"expected uint8 data (or float32, unless dequantized), got {_shapes(data=data)}")
+        raise ValueError(f"expected uint8 data (or float32, unless dequantized), got {shapes(data=data)}")
     if transform != "scale" and seed is None:
         raise ValueError(f"transform {transform!r} draws random numbers: expected a seed")
-    seed = None if seed is None else _check_seed(seed, data.device)
+    seed = None if seed is None else check_seed(seed, data.device)
     kernels = _kernels("gather_batch", data)
     if kernels is not None:
         return kernels.gather_batch(data, index, transform, seed, example_offset, dtype)

@@ -1,10 +1,11 @@
 """The variational autoencoder and its encoders and decoders.
 
-The model of the paper (Kingma & Welling 2013, Appendix C): q(z|x) = N(mu(x), sigma^2(x)), prior N(0, I), p(x|z) Bernoulli
-or Gaussian, MLPs h = ReLU(W1 x + b1), mu = W2 h + b2, log sigma^2 = W3 h + b3; and a convolutional pair for images.
+The model of the paper (Kingma & Welling 2013, Appendix C): q(z|x) = N(mu(x), sigma^2(x)), prior N(0, I), p(x|z)
+Bernoulli or Gaussian, MLPs h = ReLU(W1 x + b1), mu = W2 h + b2, log sigma^2 = W3 h + b3; and a convolutional pair for
+images.
 
-Any `nn.Module` that maps data `[B, D]` to `[B, 2 L]` (mu, then logvar) is an encoder, any that maps latents `[..., L]` to
-the parameters of a likelihood `[..., outputs_per_element * D]` is a decoder: `VAE(encoder, decoder, likelihood)`.
+Any `nn.Module` that maps data `[B, D]` to `[B, 2 L]` (mu, then logvar) is an encoder, any that maps latents `[..., L]`
+to the parameters of a likelihood `[..., outputs_per_element * D]` is a decoder: `VAE(encoder, decoder, likelihood)`.
 """
 
 from __future__ import annotations
@@ -128,7 +129,9 @@ class ConvDecoder(nn.Module):
 def _channels_first(image_shape: Sequence[int]) -> tuple[int, int, int]:
     shape = tuple(image_shape) if len(image_shape) == 3 else (1, *image_shape)
     if len(shape) != 3:
-        raise FastvaeError(f"a convolutional model needs images [H, W] or [C, H, W], got examples of {list(image_shape)}")
+        raise FastvaeError(
+            f"a convolutional model needs images [H, W] or [C, H, W], got examples of {list(image_shape)}"
+        )
     return shape
 
 
@@ -218,9 +221,7 @@ class VAE(nn.Module):
     def _flat(self, x: Tensor) -> Tensor:
         """Data `[B, D]` or `[B, *data_shape]`, float in [0, 1] or uint8, as floating point `[B, D]`."""
         if x.shape[1:].numel() != math.prod(self.data_shape) or x.ndim < 2:
-            raise FastvaeError(
-                f"data of shape {list(x.shape)} does not fit a model for [B, *{list(self.data_shape)}]"
-            )
+            raise FastvaeError(f"data of shape {list(x.shape)} does not fit a model for [B, *{list(self.data_shape)}]")
         x = x.flatten(1)
         return x if x.is_floating_point() else x.float() / (255.0 if x.dtype == torch.uint8 else 1.0)
 
@@ -337,7 +338,8 @@ class VAE(nn.Module):
 
         Args:
             path: a folder with config.json and model.safetensors (a run directory is one), or a Hub repository.
-            encoder, decoder: the modules, for a model with modules of your own.
+            encoder: the encoder, for a model with modules of your own.
+            decoder: the decoder, likewise.
             hub: `revision`, `token`, `cache_dir` and the like, for the Hub.
 
         Raises:

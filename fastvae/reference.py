@@ -1,7 +1,7 @@
 """What every op must compute, in plain PyTorch: the specification on one page.
 
-Nothing here is fast. Each function is differentiable any number of times, works under `torch.func`, on every device, and
-in float32 or float64; the kernels in `kernels/` are tested against it, and `fastvae.functional` falls back to it.
+Nothing here is fast. Each function is differentiable any number of times, works under `torch.func`, on every device,
+and in float32 or float64; the kernels in `kernels/` are tested against it, and `fastvae.functional` falls back to it.
 
 Conventions, for all ops: the event is the last dimension, leading dimensions broadcast, losses are in nats, summed over
 the event, one value per example, float32 (float64 for float64 inputs). Inputs in bfloat16 or float16 are widened first.
@@ -35,8 +35,6 @@ __all__ = [
 
 LOG_2PI = math.log(2.0 * math.pi)
 
-# --- noise: a pure function of (seed, stream, example, sample, element) -------------------------------------------------
-
 # one stream per purpose, so that no two purposes ever share a random number
 STREAM_NOISE, STREAM_BINARIZE, STREAM_DEQUANTIZE, STREAM_SHUFFLE, STREAM_PRIOR, STREAM_DATA = range(6)
 
@@ -60,7 +58,7 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tenso
 
 
 def _words(seed: Tensor, stream: int, example: Tensor, sample: Tensor, num_elements: int) -> tuple[Tensor, ...]:
-    """The words for elements 0, 4, 8, ... of each (example, sample): four tensors `[*leading, ceil(num_elements / 4)]`."""
+    """The words for elements 0, 4, 8, ... of each (example, sample): `[*leading, ceil(num_elements / 4)]` each."""
     quad = torch.arange((num_elements + 3) // 4, device=seed.device)
     example, sample = example.unsqueeze(-1), sample.unsqueeze(-1)
     counter = (quad, example & _MASK32, (example >> 32) & _MASK32, sample | (stream << 24))
@@ -88,7 +86,7 @@ def normal_noise(
     sample_offset: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Standard normal noise of `shape` `[B, L]` or `[K, B, L]` by Box-Muller: words (0, 1) and (2, 3) give two normals each.
+    """Standard normal noise of `shape` `[B, L]` or `[K, B, L]`, by Box-Muller: two normals from each pair of words.
 
     `seed` is int64 `[1]`; element (k, b, l) depends on (seed, stream, b + example_offset, k + sample_offset, l) alone.
     """
@@ -120,9 +118,6 @@ def permutation(seed: Tensor, num_examples: int) -> Tensor:
     example = torch.arange(num_examples, device=seed.device)
     high, low, _, _ = _words(seed, STREAM_SHUFFLE, example, torch.zeros_like(example), 1)
     return torch.argsort(((high >> 1) << 31 | low >> 1).squeeze(-1), stable=True)
-
-
-# --- data ---------------------------------------------------------------------------------------------------------------
 
 
 def _unit_interval(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -164,9 +159,6 @@ def gather_batch(
     return _unit_interval(x, torch.float32).to(dtype)
 
 
-# --- latent -------------------------------------------------------------------------------------------------------------
-
-
 def _widen(*tensors: Tensor) -> tuple[Tensor, ...]:
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     return tuple(t.to(dtype) for t in tensors)
@@ -182,7 +174,7 @@ def reparameterize(
     sample_offset: int = 0,
     stream: int = STREAM_NOISE,
 ) -> Tensor:
-    """z = mu + exp(logvar / 2) * eps, eps ~ N(0, I): the paper's Section 2.4. `[B, L]`, or `[K, B, L]` for K samples."""
+    """z = mu + exp(logvar / 2) * eps, eps ~ N(0, I): the paper's Section 2.4. `[B, L]`, or `[K, B, L]`."""
     dtype = mu.dtype
     mu, logvar = _widen(mu, logvar)
     mu, logvar = torch.broadcast_tensors(mu, logvar)
@@ -235,9 +227,9 @@ def reparameterize_log_ratio(
     example_offset: int = 0,
     sample_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """K samples `[K, B, L]` and log p(z) - log q(z|x) `[K, B]` = 1/2 sum_l [eps_l^2 + logvar_l - z_l^2]: SGVB estimator A.
+    """K samples `[K, B, L]` and log p(z) - log q(z|x) `[K, B]` = 1/2 sum_l [eps_l^2 + logvar_l - z_l^2].
 
-    `sticking_the_landing` drops the score term: log q is differentiated through z alone (Roeder et al., 2017).
+    This is SGVB estimator A. `sticking_the_landing` drops the score term: log q is differentiated through z alone (Roeder et al., 2017).
     """
     dtype = mu.dtype
     mu, logvar = _widen(mu, logvar)
@@ -248,12 +240,7 @@ def reparameterize_log_ratio(
     return z.to(dtype), 0.5 * (eps.square() + logvar_q - z.square()).sum(-1)
 
 
-# --- likelihoods --------------------------------------------------------------------------------------------------------
-
-
-def bernoulli_nll(
-    logits: Tensor, x: Tensor, *, binarize_seed: Tensor | None = None, example_offset: int = 0
-) -> Tensor:
+def bernoulli_nll(logits: Tensor, x: Tensor, *, binarize_seed: Tensor | None = None, example_offset: int = 0) -> Tensor:
     """-log p(x|z) = sum_d [softplus(l_d) - x_d l_d] for Bernoulli pixels with logits l: the paper's Appendix C.1.
 
     `logits [..., D]` against `x [..., D]` in [0, 1]; on grey levels it is a cross-entropy, not a likelihood. With

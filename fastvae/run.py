@@ -1,11 +1,11 @@
 """A run directory: what a training run leaves on the disk, and how it is read back.
 
-    train_config.json                 the resolved `TrainConfig`
-    metrics.jsonl                     a line per `log_every` steps (split train) and per evaluation (split test)
-    checkpoints/last.safetensors      everything needed to go on
-    checkpoints/best.safetensors      the same, at the lowest test negative ELBO so far
-    config.json, model.safetensors    the model, for `VAE.from_pretrained`
-    figures/*.png
+train_config.json                 the resolved `TrainConfig`
+metrics.jsonl                     a line per `log_every` steps (split train) and per evaluation (split test)
+checkpoints/last.safetensors      everything needed to go on
+checkpoints/best.safetensors      the same, at the lowest test negative ELBO so far
+config.json, model.safetensors    the model, for `VAE.from_pretrained`
+figures/*.png
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One training step as a function of device state, with nothing random and no synchronisation on the host.
 
 State: parameters, optimiser state, step counter, seed, schedules and data, all on the device. A step gathers its batch
-(order, scaling, binarisation), runs the model, and updates the parameters; its metrics go to a ring buffer on the device.
+(order, scaling, binarisation), runs the model, and updates the parameters; its metrics go to a ring on the device.
 Every random number is a function of (seed, step, example), so a run continues from (parameters, optimiser state, step).
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ def stream_seed(seed: int) -> int:
 
 
 def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter], num_train: int) -> torch.optim.Optimizer:
-    """The optimiser, with the learning rate as a device scalar and the Gaussian prior on the parameters as weight decay."""
+    """The optimiser, its learning rate a device scalar, the Gaussian prior on the parameters its weight decay."""
     device = parameters[0].device
     # the objective is a mean over examples: the prior's gradient, theta times its precision, is spread over all of them
     weight_decay = config.weight_decay / num_train
@@ -91,13 +92,9 @@ class TrainingStep:
         config, step = self.config, self.step
         seed = step + self.key
         position = step % self.steps_per_epoch * config.batch_size + self.batch
-        x = F.gather_batch(
-            self.data, self.order.index_select(0, position), transform=config.transform, seed=seed
-        )
+        x = F.gather_batch(self.data, self.order.index_select(0, position), transform=config.transform, seed=seed)
         with self.autocast:
-            loss, nll, kl = self.model(
-                x, seed=seed, beta=self.beta.index_select(0, step), free_bits=config.free_bits
-            )
+            loss, nll, kl = self.model(x, seed=seed, beta=self.beta.index_select(0, step), free_bits=config.free_bits)
         self.optimizer.zero_grad(set_to_none=True)
         loss.sum().backward()
         if config.clip_grad_norm is not None:
@@ -111,7 +108,7 @@ class TrainingStep:
 
 
 @contextlib.contextmanager
-def matmul_precision(precision: str):  # type: ignore[no-untyped-def]
+def matmul_precision(precision: str) -> Iterator[None]:
     """Float32 matrix products through TF32 tensor cores for "tf32", in full float32 otherwise; restored afterwards."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")

@@ -208,7 +208,7 @@ class _Log:
         loss, nll, kl = step.metrics[:count].double().mean(0).tolist()
         if not math.isfinite(loss + nll + kl):
             raise FastvaeError(
-                f"the loss is {loss} at step {done}: try a lower --lr or --clip-grad-norm (last checkpoint: {self.run.last})"
+                f"the loss is {loss} at step {done}: try a lower --lr or --clip-grad-norm (last save: {self.run.last})"
             )
         now = time.perf_counter()
         self.images_per_s = (done - self.logged) * self.config.batch_size / (now - self.began)
@@ -232,14 +232,14 @@ class _Log:
 def _tensorboard(path: Path) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(path))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(path))
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
     """The list holds the number of the first SIGINT or SIGTERM; a second one acts as usual."""
     seen: list[int] = []
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
 
     def note(signum: int, _: Any) -> None:
         seen.append(signum)

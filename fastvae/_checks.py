@@ -1,0 +1,86 @@
+"""What the public ops check, at the edge and once: `ValueError` with what was got and what was expected."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def shapes(**tensors: Tensor) -> str:
+    return ", ".join(f"{name} {list(t.shape)} {str(t.dtype)[6:]} on {t.device}" for name, t in tensors.items())
+
+
+def predictions(**tensors: Tensor) -> list[Tensor]:
+    """Floating-point tensors of one device, with at least the event dimension, in their common dtype."""
+    values = list(tensors.values())
+    first = values[0]
+    if not all(t.is_floating_point() and t.device == first.device for t in values) or first.ndim == 0:
+        raise ValueError(
+            f"expected floating-point tensors on one device with the event as last dimension, got {shapes(**tensors)}"
+        )
+    if all(t.dtype == first.dtype for t in values):
+        return values
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in values))
+    return [t.to(dtype) for t in values]
+
+
+def broadcast(**tensors: Tensor) -> list[Tensor]:
+    values = list(tensors.values())
+    shape = values[0].shape
+    if all(t.shape == shape for t in values):
+        return values
+    try:
+        return list(torch.broadcast_tensors(*values))
+    except RuntimeError:
+        raise ValueError(f"these shapes do not broadcast: {shapes(**tensors)}") from None
+
+
+def data_like(x: Tensor, prediction: Tensor) -> Tensor:
+    """`x` as a view of the prediction's shape."""
+    if not (x.is_floating_point() or x.dtype in (torch.uint8, torch.bool)) or x.device != prediction.device:
+        raise ValueError(
+            "expected data x as floating point, bool or uint8 on the prediction's device, got "
+            + shapes(x=x, prediction=prediction)
+        )
+    if x.shape == prediction.shape:
+        return x
+    try:
+        return x.expand(prediction.shape)
+    except RuntimeError:
+        raise ValueError(f"data x must broadcast to the prediction, got {shapes(x=x, prediction=prediction)}") from None
+
+
+def draw_seed(seed: Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
+    if generator is not None:
+        raise ValueError("expected a seed or a generator, got both")
+    return check_seed(seed, device)
+
+
+def check_seed(seed: Tensor, device: torch.device) -> Tensor:
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+        raise ValueError(f"expected a seed int64 [1] on {device}, got {shapes(seed=seed)}")
+    return seed
+
+
+def check_num_samples(num_samples: int) -> int:
+    if num_samples < 1:
+        raise ValueError(f"expected num_samples >= 1, got {num_samples}")
+    return num_samples
+
+
+def row_weights(weight: Tensor | None, rows: Iterable[int], prediction: Tensor) -> Tensor:
+    """The weight of each row's nll in a loss: given, or 1 / rows for the mean."""
+    shape = torch.Size(rows)
+    if weight is None:
+        return prediction.new_full((), 1.0 / max(1, shape.numel()), dtype=torch.float32).expand(shape)
+    if weight.requires_grad:
+        raise ValueError("row weights are constants of the loss: expected a weight that needs no gradient (detach it)")
+    try:
+        return weight.to(torch.float32).expand(shape)
+    except RuntimeError:
+        raise ValueError(f"row weights must broadcast to {list(shape)}, got {shapes(weight=weight)}") from None
