@@ -25,9 +25,9 @@ class Rows(NamedTuple):
     stride_b: int
     stride_l: int
 
-    @property
-    def strides(self) -> tuple[int, int, int]:
-        return self.stride_k, self.stride_b, self.stride_l
+    def strides_in(self, width: int) -> tuple[int, int, int]:
+        """The strides as a kernel takes them: those of the rows in units of `width`, see `vector_width`."""
+        return self.stride_k // width, self.stride_b // width, self.stride_l
 
 
 def _collapse(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:

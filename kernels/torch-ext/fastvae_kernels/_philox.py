@@ -57,8 +57,12 @@ def philox(quad, example, sample, stream, key_lo, key_hi):
 
 @triton.jit
 def interleave(a, b, c, d):
-    """`[R, 4 Q]` from four `[R, Q]`: element 4q + i is element q of the i-th, so that a thread keeps its quads."""
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (a.shape[0], 4 * a.shape[1]))
+    """`[R, 4 Q]` from four `[R, Q]`: element 4q + i is element q of the i-th, so that a thread keeps its quads.
+
+    From four `[R, Q / 2, 2]`, pairs of quads joined, likewise.
+    """
+    quads = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(quads, (a.shape[0], 4 * a.numel // a.shape[0]))
 
 
 @triton.jit
