@@ -141,11 +141,20 @@ def test_npz(tmp_path, keys):
     assert len(load_dataset("one.npz", data_dir=tmp_path).test) == 2
 
 
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_rows_are_contiguous_whatever_the_order_of_the_file(tmp_path, order):
-    dataset = load_dataset(str(save(tmp_path / "x.npy", np.asarray(images(20), order=order))))
+def test_folder_of_npy_files(tmp_path):
+    np.save(tmp_path / "train.npy", images(5))
+    np.save(tmp_path / "test.npy", images(3, seed=1))
+    dataset = load_dataset(str(tmp_path))
+    assert torch.equal(dataset.train, rows(images(5)))
+    assert torch.equal(dataset.test, rows(images(3, seed=1)))
+
+
+@pytest.mark.parametrize("shape", [(12,), (3, 4)])
+def test_rows_are_contiguous_whatever_the_order_of_the_file(tmp_path, shape):
+    array = images(20, shape=shape)
+    dataset = load_dataset(str(save(tmp_path / "x.npy", np.asfortranarray(array))))
     assert dataset.train.is_contiguous()
-    assert torch.equal(dataset.train, rows(images(20)[:18]))
+    assert torch.equal(dataset.train, rows(array[:18]))
 
 
 def private_bytes():
