@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import FastvaeError, one_line
+from fastvae.errors import FastvaeError, one_line
 
 __all__ = ["Source", "read_file", "read_folder"]
 

@@ -27,8 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import __version__
-from .errors import FastvaeError, one_line
+from fastvae import __version__
+from fastvae.errors import FastvaeError, one_line
 
 __all__ = ["load_checkpoint", "save_checkpoint", "write_atomic"]
 

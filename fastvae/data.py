@@ -24,9 +24,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .array_files import Source, read_file, read_folder
-from .downloads import DOWNLOADS, download
-from .errors import FastvaeError
+from fastvae.array_files import Source, read_file, read_folder
+from fastvae.downloads import DOWNLOADS, download
+from fastvae.errors import FastvaeError
 
 __all__ = ["Dataset", "load_dataset"]
 

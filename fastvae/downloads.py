@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from .errors import FastvaeError, one_line
+from fastvae.errors import FastvaeError, one_line
 
 __all__ = ["DOWNLOADS", "Download", "download"]
 
