@@ -74,7 +74,7 @@ def load_dataset(name_or_path: str, *, data_dir: Path | None = None) -> Dataset:
 
 
 def _digits() -> dict[str, Source]:
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     images = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8]
     is_test = np.arange(len(images)) % 6 == 0
