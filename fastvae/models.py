@@ -135,6 +135,11 @@ def _channels_first(image_shape: Sequence[int]) -> tuple[int, int, int]:
     return shape
 
 
+def _check_latent_dim(latent_dim: int) -> None:
+    if latent_dim < 1:
+        raise FastvaeError(f"latent_dim is {latent_dim}, expected at least 1")
+
+
 class Loss(NamedTuple):
     """What `VAE.forward` returns; `loss` alone is differentiable."""
 
@@ -171,8 +176,7 @@ class VAE(nn.Module):
         architecture: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if latent_dim < 1:
-            raise FastvaeError(f"latent_dim is {latent_dim}, expected at least 1")
+        _check_latent_dim(latent_dim)
         self.encoder, self.decoder, self.likelihood = encoder, decoder, likelihood
         self.data_shape, self.latent_dim = tuple(data_shape), latent_dim
         self.architecture = architecture or {"name": "custom"}
@@ -188,6 +192,7 @@ class VAE(nn.Module):
         likelihood: Likelihood | None = None,
     ) -> VAE:
         """The paper's model: `hidden` widths for the encoder, reversed for the decoder."""
+        _check_latent_dim(latent_dim)
         likelihood = likelihood or BernoulliLikelihood()
         data_dim = math.prod(data_shape)
         encoder = MLPEncoder(data_dim, hidden, latent_dim, activation)
@@ -208,6 +213,7 @@ class VAE(nn.Module):
         likelihood: Likelihood | None = None,
     ) -> VAE:
         """Convolutions of `hidden` channels, each halving the image, for data `[H, W]` or `[C, H, W]`."""
+        _check_latent_dim(latent_dim)
         likelihood = likelihood or BernoulliLikelihood()
         encoder = ConvEncoder(data_shape, hidden, latent_dim, activation)
         decoder = ConvDecoder(latent_dim, hidden, data_shape, likelihood.outputs_per_element, activation)

@@ -229,7 +229,8 @@ def reparameterize_log_ratio(
 ) -> tuple[Tensor, Tensor]:
     """K samples `[K, B, L]` and log p(z) - log q(z|x) `[K, B]` = 1/2 sum_l [eps_l^2 + logvar_l - z_l^2].
 
-    This is SGVB estimator A. `sticking_the_landing` drops the score term: log q is differentiated through z alone (Roeder et al., 2017).
+    This is SGVB estimator A. `sticking_the_landing` drops the score term: log q is differentiated through z alone
+    (Roeder et al., 2017).
     """
     dtype = mu.dtype
     mu, logvar = _widen(mu, logvar)

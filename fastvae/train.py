@@ -85,9 +85,10 @@ def _train(config: TrainConfig, run: Run | None) -> Path:
             if done % config.log_every == 0 or done == num_steps:
                 progress.update(done, log.train(step, done, epoch))
             if done == num_steps or (end_of_epoch and done // steps_per_epoch % config.eval_every == 0):
+                images_per_s = log.images_per_s(done)
                 with log.pause():
                     evaluation = evaluate(model, test, transform=config.transform, seed=config.seed)
-                    progress.report(done, epoch, log.test(evaluation, done, epoch), log.images_per_s)
+                    progress.report(done, epoch, log.test(evaluation, done, epoch), images_per_s)
                     if evaluation.negative_elbo < best:
                         best = evaluation.negative_elbo
                         _save(run.best, step, config, best)
@@ -192,8 +193,8 @@ class _Log:
 
     def __init__(self, run: Run, config: TrainConfig, start: int) -> None:
         self.run, self.config = run, config
-        self.images_per_s = 0.0
-        self.began, self.logged = time.perf_counter(), start
+        self.start, self.began = start, time.perf_counter()
+        self.logged, self.logged_at = start, self.began
         self.writer = _tensorboard(run.path) if config.tensorboard else None
 
     @contextlib.contextmanager
@@ -201,6 +202,11 @@ class _Log:
         paused = time.perf_counter()
         yield
         self.began += time.perf_counter() - paused
+        self.logged_at += time.perf_counter() - paused
+
+    def images_per_s(self, done: int) -> float:
+        """Since the start of this process."""
+        return (done - self.start) * self.config.batch_size / (time.perf_counter() - self.began)
 
     def train(self, step: TrainingStep, done: int, epoch: float) -> dict[str, float]:
         """The mean of the steps since the last row: the one place where the host waits for the device."""
@@ -211,10 +217,10 @@ class _Log:
                 f"the loss is {loss} at step {done}: try a lower --lr or --clip-grad-norm (last save: {self.run.last})"
             )
         now = time.perf_counter()
-        self.images_per_s = (done - self.logged) * self.config.batch_size / (now - self.began)
-        self.began, self.logged = now, done
+        images_per_s = (done - self.logged) * self.config.batch_size / (now - self.logged_at)
+        self.logged_at, self.logged = now, done
         row = {"negative_elbo": nll + kl, "nll": nll, "kl": kl, "loss": loss}
-        row |= {"lr": float(step.lr[done - 1]), "beta": float(step.beta[done - 1]), "images_per_s": self.images_per_s}
+        row |= {"lr": float(step.lr[done - 1]), "beta": float(step.beta[done - 1]), "images_per_s": images_per_s}
         return self._write("train", done, epoch, row)
 
     def test(self, evaluation: Evaluation, done: int, epoch: float) -> dict[str, float]:

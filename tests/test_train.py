@@ -1,0 +1,193 @@
+"""Training: what a step computes, and that stopping, killing and resuming change nothing, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastvae.checkpoint import load_checkpoint
+from fastvae.config import TrainConfig
+from fastvae.errors import FastvaeError
+from fastvae.models import VAE
+from fastvae.step import TrainingStep, make_optimizer, stream_seed
+from fastvae.train import resume, train
+
+SMALL = TrainConfig(data="digits", hidden=(16,), latent_dim=3, epochs=3, batch_size=100, log_every=4)
+
+
+def final(run: Path) -> dict[str, Any]:
+    """Everything that a run decides: weights, optimiser state, logged numbers (but not the clock)."""
+    tensors, _ = load_checkpoint(run / "checkpoints" / "last.safetensors")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return tensors | {"rows": [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]}
+
+
+def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a["rows"] == b["rows"]
+    assert a.keys() == b.keys()
+    for name in a.keys() - {"rows", "metrics"}:
+        assert torch.equal(a[name], b[name]), name
+
+
+def variants() -> dict[str, TrainConfig]:
+    return {
+        "adam": SMALL,
+        "adagrad": dataclasses.replace(SMALL, optimizer="adagrad", lr=0.02, weight_decay=1.0),
+        "gaussian": dataclasses.replace(SMALL, likelihood="gaussian", dequantize=True, clip_grad_norm=1.0),
+        "schedules": dataclasses.replace(
+            SMALL, lr_schedule="cosine", lr_warmup_steps=5, beta=0.5, beta_warmup_steps=20, free_bits=0.1
+        ),
+        "bf16": dataclasses.replace(SMALL, precision="bf16", activation="tanh", hidden=(16, 8)),
+        "conv": dataclasses.replace(
+            SMALL, architecture="conv", hidden=(4, 8), shared_logvar=True, likelihood="gaussian"
+        ),
+    }
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_a_resumed_run_is_the_uninterrupted_run(variant: str, tmp_path: Path) -> None:
+    config = variants()[variant]
+    whole = train(dataclasses.replace(config, out=tmp_path / "whole"))
+    assert min(row["negative_elbo"] for row in final(whole)["rows"]) < final(whole)["rows"][0]["negative_elbo"]
+    # the same schedule, cut in the middle of an epoch
+    parts = train(dataclasses.replace(config, out=tmp_path / "parts", checkpoint_every=17))
+    (parts / "checkpoints" / "last.safetensors").unlink()
+    os.rename(tmp_path / "parts", tmp_path / "renamed")
+    stopped = tmp_path / "stopped"
+    interrupt_at(19, dataclasses.replace(config, out=stopped))
+    assert int(load_checkpoint(stopped / "checkpoints" / "last.safetensors")[0]["step"]) == 19
+    resume(stopped)
+    assert_same(final(whole), final(stopped))
+
+
+def interrupt_at(step: int, config: TrainConfig) -> None:
+    """Train, and raise SIGTERM within step number `step`: the run saves after that step and stops."""
+    from fastvae.errors import Stopped
+
+    call = TrainingStep.__call__
+    count = 0
+
+    def counted(self: TrainingStep) -> None:
+        nonlocal count
+        call(self)
+        count += 1
+        if count == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingStep, "__call__", counted)
+        with pytest.raises(Stopped, match=f"stopped at step {step}, saved; go on with: fastvae resume"):
+            train(config)
+
+
+def test_checkpoint_and_log_intervals_change_nothing(tmp_path: Path) -> None:
+    one = train(dataclasses.replace(SMALL, out=tmp_path / "one", log_every=1, checkpoint_every=1))
+    other = train(dataclasses.replace(SMALL, out=tmp_path / "other", log_every=7, eval_every=2))
+    a, b = final(one), final(other)
+    assert all(torch.equal(a[name], b[name]) for name in a if name.startswith(("model.", "optimizer.")))
+
+
+def killed_runs(count: int, tmp_path: Path) -> None:
+    """Kill -9 a real process at random moments, resume until it ends, compare with a run that nobody killed."""
+    arguments = ["digits", "--hidden", "16", "--latent-dim", "3", "--batch-size", "100", "--epochs", "12"]
+    arguments += ["--checkpoint-every", "3", "--log-every", "5", "--eval-every", "4"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+    def start(*command: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-m", "fastvae", *command], env=env, stdout=subprocess.DEVNULL)
+
+    assert start("train", *arguments, "--out", str(tmp_path / "whole")).wait() == 0
+    random.seed(count)
+    for number in range(count):
+        out = tmp_path / f"killed{number}"
+        process = start("train", *arguments, "--out", str(out))
+        checkpoint = out / "checkpoints" / "last.safetensors"
+        while not checkpoint.exists() and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(random.uniform(0.0, 0.4))
+        process.kill()
+        process.wait()
+        assert start("resume", str(out)).wait() == 0
+        assert_same(final(tmp_path / "whole"), final(out))
+
+
+def test_resume_after_kill_9(tmp_path: Path) -> None:
+    killed_runs(1, tmp_path)
+
+
+@pytest.mark.slow
+def test_resume_after_kill_9_ten_times(tmp_path: Path) -> None:
+    killed_runs(10, tmp_path)
+
+
+def test_the_seed_decides_and_only_the_seed(tmp_path: Path) -> None:
+    short = dataclasses.replace(SMALL, max_steps=8)
+    a, b, c = (
+        final(train(dataclasses.replace(short, out=tmp_path / name, seed=seed)))
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert_same(a, b)
+    assert not torch.equal(a["model.encoder.head.weight"], c["model.encoder.head.weight"])
+
+
+def test_keys_of_neighbouring_seeds_do_not_meet() -> None:
+    keys = [stream_seed(seed) for seed in range(1000)]
+    assert len(set(keys)) == 1000
+    assert min(abs(a - b) for a, b in itertools.pairwise(keys)) > 2**32
+    # SplitMix64's published first output for state 0
+    assert stream_seed(0) % 2**64 == 0xE220A8397B1DCDAF
+
+
+def test_every_example_is_seen_once_per_epoch() -> None:
+    data = torch.arange(40, dtype=torch.uint8).unsqueeze(1)
+    config = TrainConfig(batch_size=10, binarize="none")
+    seen: list[int] = []
+    model = VAE.mlp(data_shape=(1,), latent_dim=1, hidden=(2,))
+    model.register_forward_pre_hook(lambda _, args: seen.extend((args[0] * 255).round().flatten().int().tolist()))
+    step = TrainingStep(config, model, make_optimizer(config, list(model.parameters()), 40), data, 8)
+    for epoch in range(2):
+        step.start_epoch(epoch)
+        for _ in range(4):
+            step()
+    assert sorted(seen[:40]) == sorted(seen[40:]) == list(range(40))
+    assert seen[:40] != seen[40:]
+
+
+def test_weight_decay_is_the_gaussian_prior_on_the_parameters() -> None:
+    config = TrainConfig(optimizer="adagrad", weight_decay=2.0, lr=0.1)
+    weight = torch.nn.Parameter(torch.tensor([3.0]))
+    optimizer = make_optimizer(config, [weight], num_train=100)
+    weight.grad = torch.tensor([0.5])
+    optimizer.step()
+    # d/dw of the loss plus 2 w^2 / 2 / 100
+    assert optimizer.state[weight]["sum"].item() == pytest.approx((0.5 + 2.0 * 3.0 / 100) ** 2)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(FastvaeError, match=r"the loss is .* at step"):
+        train(dataclasses.replace(SMALL, out=tmp_path / "run", lr=1e18, likelihood="gaussian", log_every=1))
+
+
+def test_resuming_a_finished_run_further(tmp_path: Path) -> None:
+    whole = train(dataclasses.replace(SMALL, out=tmp_path / "whole"))
+    grown = train(dataclasses.replace(SMALL, out=tmp_path / "grown", epochs=1))
+    resume(grown, epochs=3)
+    assert all(torch.equal(a, b) for a, b in zip(final(whole).values(), final(grown).values()) if torch.is_tensor(a))
+
+
+def test_tensorboard_files(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run = train(dataclasses.replace(SMALL, out=tmp_path / "run", max_steps=5, tensorboard=True))
+    assert list(run.glob("events.out.tfevents.*"))
