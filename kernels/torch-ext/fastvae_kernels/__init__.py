@@ -1,5 +1,24 @@
 """Triton kernels of fastvae: tensors in, tensors out; no autograd, no validation, no host synchronisation."""
 
 from ._philox import philox_words
+from ._support import supports
+from .kl_normal import kl_normal_bwd, kl_normal_fwd
+from .kl_standard_normal import kl_standard_normal_bwd, kl_standard_normal_fwd
+from .reparameterize import reparameterize_bwd, reparameterize_fwd
+from .reparameterize_kl import reparameterize_kl_bwd, reparameterize_kl_fwd
+from .reparameterize_log_ratio import reparameterize_log_ratio_bwd, reparameterize_log_ratio_fwd
 
-__all__ = ["philox_words"]
+__all__ = [
+    "kl_normal_bwd",
+    "kl_normal_fwd",
+    "kl_standard_normal_bwd",
+    "kl_standard_normal_fwd",
+    "philox_words",
+    "reparameterize_bwd",
+    "reparameterize_fwd",
+    "reparameterize_kl_bwd",
+    "reparameterize_kl_fwd",
+    "reparameterize_log_ratio_bwd",
+    "reparameterize_log_ratio_fwd",
+    "supports",
+]

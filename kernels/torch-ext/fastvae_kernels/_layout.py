@@ -91,7 +91,7 @@ def grid_1d(*programs: int) -> tuple[int]:
 def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
     """Launches go to the tensor's device, not to the current one; CPU tensors (interpreter, emulator) need no guard."""
     if tensor.is_cuda:
-        return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]  # torch has not typed it
+        return torch.cuda.device_of(tensor)
     if tensor.is_xpu:
         return torch.xpu.device_of(tensor)
     return nullcontext()

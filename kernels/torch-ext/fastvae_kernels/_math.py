@@ -1,0 +1,124 @@
+"""Fast mathematics on bounded ranges: normals from words, exp(x / 2), expm1(x) - x.
+
+Polynomials (minimax, fitted by Lawson's iteration on Chebyshev points) instead of libdevice's general functions: no
+slow path, no local stack, and the same code on NVIDIA, on AMD and in the interpreter. `PRECISE` is for float32 results;
+a result that is rounded to bfloat16 or float16 takes shorter polynomials, with errors near 1e-5.
+"""
+
+# triton ships no types, and types jitted functions at launch
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, import-untyped"
+
+import triton
+import triton.language as tl
+
+from ._philox import interleave, philox
+
+
+@triton.jit
+def _radius(word, PRECISE: tl.constexpr):
+    """sqrt(-2 ln u), u = (word + 1/2) / 2^32 in (0, 1]."""
+    u = tl.fma(word.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
+    # u = 2^e (1 + f) with f in [sqrt(1/2) - 1, sqrt(2) - 1): exact near u = 1, where the radius is small
+    bits = u.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) & -0x800000  # e * 2^23
+    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    # -2 ln(1 + f) = f q(f), relative error 2e-7 or 7e-6
+    if PRECISE:
+        q = tl.fma(f, 0.20213767886161804, -0.3244515061378479)
+        q = tl.fma(f, q, 0.34501662850379944)
+        q = tl.fma(f, q, -0.39800330996513367)
+        q = tl.fma(f, q, 0.4993981719017029)
+        q = tl.fma(f, q, -0.6667011976242065)
+        q = tl.fma(f, q, 1.0000072717666626)
+        q = tl.fma(f, q, -1.9999998807907104)
+    else:
+        q = tl.fma(f, 0.285841166973114, -0.44111865758895874)
+        q = tl.fma(f, q, 0.508065402507782)
+        q = tl.fma(f, q, -0.6651604771614075)
+        q = tl.fma(f, q, 0.9998043775558472)
+        q = tl.fma(f, q, -2.000009059906006)
+    # -2 ln(2) / 2^23 per unit of `exponent`
+    return tl.sqrt(tl.fma(exponent.to(tl.float32), -1.6525916635146132e-07, f * q))
+
+
+@triton.jit
+def _box_muller(radius_word, angle_word, PRECISE: tl.constexpr):
+    """r cos(2 pi v) and r sin(2 pi v) for v = angle_word / 2^32, taken as signed: v in [-1/2, 1/2).
+
+    By the half angle, s = sqrt(2) sin(pi v) and c = sqrt(2) cos(pi v): cos(2 pi v) = 1 - s^2, sin(2 pi v) = s c. One
+    polynomial each covers the whole circle, without a reduction to quadrants.
+    """
+    r = _radius(radius_word, PRECISE)
+    v = angle_word.to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
+    w = v * v
+    if PRECISE:
+        s = tl.fma(w, 0.1096869483590126, -0.8460421562194824)
+        s = tl.fma(w, s, 3.6063432693481445)
+        s = tl.fma(w, s, -7.3082451820373535)
+        s = tl.fma(w, s, 4.442883014678955)
+        c = tl.fma(w, 0.31069818139076233, -1.8835630416870117)
+        c = tl.fma(w, c, 5.7394609451293945)
+        c = tl.fma(w, c, -6.978850841522217)
+        c = tl.fma(w, c, 1.4142135381698608)
+    else:
+        s = tl.fma(w, -0.7896912693977356, 3.597200632095337)
+        s = tl.fma(w, s, -7.3077616691589355)
+        s = tl.fma(w, s, 4.442878723144531)
+        c = tl.fma(w, -1.7283486127853394, 5.715238571166992)
+        c = tl.fma(w, c, -6.977642059326172)
+        c = tl.fma(w, c, 1.4142041206359863)
+    s = v * s
+    rs = r * s
+    return tl.fma(-s, rs, r), rs * c
+
+
+@triton.jit
+def _normal_quad(quad, example, sample, stream, key_lo, key_hi, PRECISE: tl.constexpr):
+    w0, w1, w2, w3 = philox(quad, example, sample, stream, key_lo, key_hi)
+    n0, n1 = _box_muller(w0, w1, PRECISE)
+    n2, n3 = _box_muller(w2, w3, PRECISE)
+    return n0, n1, n2, n3
+
+
+@triton.jit
+def normal(
+    first, example, sample, stream, key_lo, key_hi, COLS: tl.constexpr, PAIRS: tl.constexpr, PRECISE: tl.constexpr
+):
+    """Standard normal noise `[R, COLS]` for the elements from `first` on, a multiple of 8; four per Philox call.
+
+    PAIRS keeps two neighbouring quads in a thread, the eight elements of a 128-bit access to 16-bit values, so that no
+    noise has to change threads.
+    """
+    if PAIRS and COLS >= 8:
+        quad = first // 4 + 2 * tl.arange(0, COLS // 8)[None, :]
+        a0, a1, a2, a3 = _normal_quad(quad, example, sample, stream, key_lo, key_hi, PRECISE)
+        b0, b1, b2, b3 = _normal_quad(quad + 1, example, sample, stream, key_lo, key_hi, PRECISE)
+        return interleave(tl.join(a0, b0), tl.join(a1, b1), tl.join(a2, b2), tl.join(a3, b3))
+    else:
+        quad = first // 4 + tl.arange(0, COLS // 4)[None, :]
+        n0, n1, n2, n3 = _normal_quad(quad, example, sample, stream, key_lo, key_hi, PRECISE)
+        return interleave(n0, n1, n2, n3)
+
+
+@triton.jit
+def exp_half(x, PRECISE: tl.constexpr):
+    """exp(x / 2), by exp2 of y = x log2(e) / 2."""
+    y = x * 0.7213475108146667
+    if PRECISE:
+        # what the product lost, exact in one fma, matters from |x| = 5 on: a relative error of 3e-7 at x = 11. At
+        # x = +-inf it is NaN, and the maximum, which prefers the other operand, removes it
+        lost = tl.maximum(tl.fma(x, 0.7213475108146667, -y), -1e-4)
+        return tl.exp2(y) * tl.fma(lost, 0.6931471824645996, 1.0)
+    else:
+        return tl.exp2(y)
+
+
+@triton.jit
+def expm1_minus(x, exp_half_x):
+    """expm1(x) - x >= 0, given exp(x / 2): a series x^2 p(x) near 0, where the difference cancels."""
+    p = tl.fma(x, 0.0001987562864087522, 0.0013981997035443783)
+    p = tl.fma(x, p, 0.008333452045917511)
+    p = tl.fma(x, p, 0.04166579619050026)
+    p = tl.fma(x, p, 0.1666666567325592)
+    p = tl.fma(x, p, 0.5)
+    return tl.where(tl.abs(x) < 0.5, x * x * p, tl.fma(exp_half_x, exp_half_x, -1.0) - x)
