@@ -58,10 +58,13 @@ _styled = matplotlib.rc_context(_STYLE)
 def save(figure: Figure, path: Path) -> None:
     """Write `figure` to `path`, whole or not at all, in the format of the suffix and the figure's own size in pixels.
 
-    Raises: FastvaeError if it cannot be written.
+    Raises: FastvaeError if it cannot be written, or not in that format.
     """
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:] or "png", dpi=figure.dpi)
+    buffer, suffix = io.BytesIO(), path.suffix[1:]
+    known = sorted(figure.canvas.get_supported_filetypes())
+    if suffix not in known:
+        raise FastvaeError(f"cannot write {path}: the suffix is {path.suffix!r}, expected one of {', '.join(known)}")
+    figure.savefig(buffer, format=suffix, dpi=figure.dpi)
     write_atomic(path, buffer.getvalue())
 
 

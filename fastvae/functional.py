@@ -17,8 +17,6 @@ torch's own, so `torch.manual_seed` is obeyed), or given as `seed`, int64 `[1]` 
 
 from __future__ import annotations
 
-import functools
-import importlib
 import os
 from typing import Any
 
@@ -55,39 +53,51 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "triton", "numba", "reference")
-_PACKAGES = {"triton": "fastvae_kernels", "numba": "fastvae_cpu_kernels"}
+_DEVICES = {"cuda": "triton", "xpu": "triton", "cpu": "numba"}
 
 
-@functools.cache
 def _load(backend: str) -> tuple[Any, str]:
     """The kernel package of a backend, or None and why it cannot be imported."""
+    # plain import statements, and no cache: torch.compile traces through here
     try:
-        return importlib.import_module(_PACKAGES[backend]), ""
+        if backend == "triton":
+            import fastvae_kernels as package
+        else:
+            import fastvae_cpu_kernels as package  # type: ignore[no-redef]
     except ImportError as error:
-        return None, f"{_PACKAGES[backend]} cannot be imported: {error}"
+        return None, f"the {backend} kernels cannot be imported: {error}"
+    return package, f"the {backend} kernels"
 
 
-def choose_backend(op: str, *tensors: Tensor | None) -> tuple[Any, str]:
-    """The kernel package that runs `op` on these tensors, or None for the reference; and the reason in words."""
+def kernel_package(device_type: str) -> tuple[Any, str]:
+    """The kernel package for tensors of a device, or None for the reference; and the reason in words."""
     setting = os.environ.get("FASTVAE_BACKEND", "auto")
     if setting not in BACKENDS:
         raise ValueError(f"FASTVAE_BACKEND is {setting!r}, expected one of {', '.join(BACKENDS)}")
-    if setting == "reference":
-        return None, "FASTVAE_BACKEND=reference"
+    backend = "triton" if setting == "triton" else _DEVICES.get(device_type)
+    if setting == "reference" or (setting == "numba" and backend != "numba"):
+        return None, f"FASTVAE_BACKEND={setting}"
+    if backend is None:
+        return None, f"no kernels for {device_type} tensors"
+    return _load(backend)
+
+
+def choose_backend(op: str, *tensors: Tensor | None) -> tuple[Any, str]:
+    """The module whose kernels run `op` on these tensors, or None for the reference; and the reason in words."""
     given = [t for t in tensors if t is not None]
+    package, reason = kernel_package(given[0].device.type)
+    if package is None:
+        return None, reason
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return None, "function transforms and forward-mode AD need the differentiable reference"
-    device = given[0].device.type
-    backend = setting if setting == "triton" else {"cuda": "triton", "xpu": "triton", "cpu": "numba"}.get(device)
-    if backend is None or (setting == "numba" and backend != "numba"):
-        return None, f"no {setting if setting != 'auto' else 'kernel'} backend for {device} tensors"
-    package, reason = _load(backend)
-    reason = reason or package.supports(op, *given)
-    if reason:
-        return None, reason
-    if any(isinstance(t, FakeTensor) for t in given) or (backend == "numba" and torch.compiler.is_compiling()):
-        return importlib.import_module("fastvae._library"), f"{backend}, as registered torch.library operators"
-    return package, f"{backend} kernels for {device} tensors"
+    if refused := package.supports(op, *given):
+        return None, refused
+    numba = package.__name__ == "fastvae_cpu_kernels"
+    if any(isinstance(t, FakeTensor) for t in given) or (numba and torch.compiler.is_compiling()):
+        from fastvae import _library
+
+        return _library, f"{package.__name__} as torch.library operators"
+    return package, f"{given[0].device.type} tensors"
 
 
 def _kernels(op: str, *tensors: Tensor | None) -> Any:
