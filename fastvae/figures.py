@@ -82,6 +82,7 @@ def curves(metrics: Sequence[Mapping[str, Any]], label: str) -> Figure:
     figure = Figure(figsize=(_WIDTH / _DPI, 2.7), layout="constrained")
     figure.suptitle(label, fontsize=9.0)
     panels = figure.subplots(1, 3, sharex=True)
+    num_steps = max((row["step"] for row in metrics), default=0)
     for axes, key, title in zip(panels, ("negative_elbo", "nll", "kl"), ("negative ELBO", "NLL", "KL"), strict=True):
         late: list[float] = []
         for split, colour in (("train", BLUE), ("test", VERMILION)):
@@ -90,7 +91,7 @@ def curves(metrics: Sequence[Mapping[str, Any]], label: str) -> Figure:
             # a line of one row is nothing without its marker, one of many rows hides behind them
             marker = "o" if len(rows) == 1 or (split == "test" and len(rows) <= 40) else None
             axes.plot(steps, values, color=colour, marker=marker, markersize=3.0, linewidth=1.4, label=split)
-            late += values[len(values) // 10 :]
+            late += [value for step, value in zip(steps, values, strict=True) if step > num_steps / 10]
         _limit(axes, late)
         axes.set_title(title)
         axes.set_xlabel("step")
@@ -101,7 +102,7 @@ def curves(metrics: Sequence[Mapping[str, Any]], label: str) -> Figure:
 
 
 def _limit(axes: Axes, late: list[float]) -> None:
-    """The vertical range of all but the first tenth of the rows, whose fall would flatten everything after it."""
+    """The vertical range of all but the first tenth of the steps, whose fall would flatten everything after it."""
     if late and max(late) > min(late):
         margin = 0.05 * (max(late) - min(late))
         axes.set_ylim(min(late) - margin, max(late) + margin)
