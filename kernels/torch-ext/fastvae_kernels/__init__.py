@@ -2,6 +2,7 @@
 
 from ._philox import philox_words
 from ._support import supports
+from .bernoulli_nll import bernoulli_nll_bwd, bernoulli_nll_fwd, bernoulli_nll_with_grad
 from .kl_normal import kl_normal_bwd, kl_normal_fwd
 from .kl_standard_normal import kl_standard_normal_bwd, kl_standard_normal_fwd
 from .reparameterize import reparameterize_bwd, reparameterize_fwd
@@ -9,6 +10,9 @@ from .reparameterize_kl import reparameterize_kl_bwd, reparameterize_kl_fwd
 from .reparameterize_log_ratio import reparameterize_log_ratio_bwd, reparameterize_log_ratio_fwd
 
 __all__ = [
+    "bernoulli_nll_bwd",
+    "bernoulli_nll_fwd",
+    "bernoulli_nll_with_grad",
     "kl_normal_bwd",
     "kl_normal_fwd",
     "kl_standard_normal_bwd",

@@ -1,0 +1,342 @@
+"""Bernoulli negative log-likelihood: nll = sum_d [softplus(l_d) - x_d l_d], and dnll / dl_d = sigmoid(l_d) - x_d.
+
+logits l `[*leading, D]` float32, bfloat16 or float16; data x of the same shape, float, bool or uint8 (x / 255), as it is
+or binarised from a seed; nll `[*leading]` float32, nats. Source: Kingma & Welling, 2013, Appendix C.1.
+
+    softplus(l) = max(l, 0) + log(1 + e), e = exp(-|l|)
+    sum_d log(1 + e_d) = log(1 + q), 1 + q = prod_d (1 + e_d)
+
+Each factor is in (1, 2], so that 64 of them share one logarithm; q instead of 1 + q keeps the digits of sure logits.
+"""
+
+# triton ships no types, and types jitted functions at launch
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, import-untyped"
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._data import as_bytes, binarize, unit_interval
+from ._layout import Rows, as_rows, device_guard, grid_1d, merge_rows, vector_width
+from ._math import exp_half
+from ._philox import load_key
+from ._rows import column_walk, locate_rows, row_walk, sum_partials
+
+# a padded logit: with x = 0 it costs max(l, 0) - x l = 0 and e = 0, exactly, in every dtype
+_PADDING = tl.constexpr(-60000.0)
+
+_UNSPECIALISED = [
+    *("num_rows", "num_examples", "num_elements", "tiles", "splits", "chunks", "example_offset"),
+    *("logits_stride_k", "logits_stride_b", "x_stride_k", "x_stride_b"),
+    *("weight_stride_k", "weight_stride_b", "dlogits_stride_k", "dlogits_stride_b"),
+]
+
+
+@triton.jit
+def _exp_neg_abs(logits, PRECISE: tl.constexpr):
+    return exp_half(-2.0 * tl.abs(logits), PRECISE)
+
+
+@triton.jit
+def _nll_step(logits, x, linear, q, PRECISE: tl.constexpr):
+    """Two sums over elements, `linear` of max(l, 0) - x l and the product 1 + q, with one more element each."""
+    e = _exp_neg_abs(logits, PRECISE)
+    return linear + (tl.maximum(logits, 0.0) - x * logits), q + (e + q * e)
+
+
+@triton.jit
+def _grad(logits, x, weight, PRECISE: tl.constexpr):
+    """weight * (sigmoid(l) - x), with sigmoid(l) = 1 / (1 + e) or e / (1 + e)."""
+    e = _exp_neg_abs(logits, PRECISE)
+    root = tl.rsqrt(1.0 + e)
+    r = root * root
+    if PRECISE:
+        # one step of Newton's method takes the square of an approximate root to the last digit of float32
+        r += r * (1.0 - (1.0 + e) * r)
+    return weight * (tl.where(logits > 0.0, 1.0, e) * r - x)
+
+
+@triton.jit
+def _log1p(q):
+    """log(1 + q) for q >= 0, to the last digits of float32, in half of the instructions of `tl.log`."""
+    u = 1.0 + q
+    # u = 2^n m with m in [sqrt(1/2), sqrt(2)); `exponent` is n * 2^23
+    bits = u.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) & -0x800000
+    m = (bits - exponent).to(tl.float32, bitcast=True)
+    # f = m - 1 + what the sum 1 + q lost: all the digits of a small q
+    f = tl.fma(q - (u - 1.0), (0x3F800000 - exponent).to(tl.float32, bitcast=True), m - 1.0)
+    # log(1 + f) = f + f^2 p(f), a minimax fit with relative error 3e-8
+    p = tl.fma(f, 0.08734843134880066, -0.14307521283626556)
+    p = tl.fma(f, p, 0.14917974174022675)
+    p = tl.fma(f, p, -0.16570508480072021)
+    p = tl.fma(f, p, 0.19962072372436523)
+    p = tl.fma(f, p, -0.25001755356788635)
+    p = tl.fma(f, p, 0.33333951234817505)
+    p = tl.fma(f, p, -0.49999991059303284)
+    # ln(2) / 2^23 per unit of `exponent`
+    return tl.fma(exponent.to(tl.float32), 8.262958405176417e-08, tl.fma(f * f, p, f))
+
+
+@triton.jit
+def _pairs(t):
+    return tl.split(tl.reshape(t, (t.shape[0], t.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _row_terms(linear, q, LOG_GROUP: tl.constexpr):
+    """`linear` + log(1 + q), `[ROWS, COLS / 2^LOG_GROUP]`: neighbours in a thread share a logarithm."""
+    for _ in tl.static_range(LOG_GROUP):
+        linear_a, linear_b = _pairs(linear)
+        q_a, q_b = _pairs(q)
+        linear = linear_a + linear_b
+        q = q_a + (q_b + q_a * q_b)
+    return linear + _log1p(q)
+
+
+@triton.jit
+def _step(
+    logits_row,  # pointers [ROWS, 1]
+    x_row,  # pointers [ROWS, 1]
+    dlogits_row,  # pointers [ROWS, 1], or None
+    weight,  # [ROWS, 1]
+    linear,  # [ROWS, COLS]
+    q,  # [ROWS, COLS]
+    first,
+    D,
+    in_rows,  # [ROWS, 1]
+    example,  # [ROWS, 1]
+    key_lo,
+    key_hi,
+    logits_stride_d,
+    x_stride_d,
+    dlogits_stride_d,
+    LEVELS: tl.constexpr,
+    BINARIZE: tl.constexpr,
+    MASKED: tl.constexpr,
+    LOSS: tl.constexpr,
+):
+    """The columns from `first` on: (linear, q) with their elements, and their gradient, which is also stored."""
+    PRECISE: tl.constexpr = logits_row.dtype.element_ty == tl.float32
+    col = (first + tl.arange(0, linear.shape[1])[None, :]).to(tl.int64)
+    mask = in_rows & (col < D) if MASKED else in_rows
+    logits = tl.load(logits_row + col * logits_stride_d, mask, other=_PADDING).to(tl.float32)
+    x = unit_interval(tl.load(x_row + col * x_stride_d, mask, other=0), LEVELS, PRECISE or BINARIZE)
+    if BINARIZE:
+        x = binarize(x, example, first, key_lo, key_hi)
+    dlogits = q
+    if dlogits_row is not None:
+        dlogits = _grad(logits, x, weight, PRECISE)
+        tl.store(dlogits_row + col * dlogits_stride_d, dlogits.to(dlogits_row.dtype.element_ty), mask)
+    if LOSS:
+        linear, q = _nll_step(logits, x, linear, q, PRECISE)
+    return linear, q, dlogits
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def _bernoulli_nll_kernel(
+    logits_ptr,  # [K, B, D]
+    x_ptr,  # [K, B, D]
+    weight_ptr,  # [K, B]; not read without the gradient
+    seed_ptr,  # [1], or None for the data as it is
+    nll_ptr,  # [splits, K * B], or None without the loss
+    dlogits_ptr,  # [K, B, D], or None without the gradient
+    column_sum_ptr,  # [groups, D], or None without column sums
+    num_rows,
+    num_examples,
+    num_elements,
+    logits_stride_k,
+    logits_stride_b,
+    logits_stride_d,
+    x_stride_k,
+    x_stride_b,
+    x_stride_d,
+    weight_stride_k,
+    weight_stride_b,
+    dlogits_stride_k,
+    dlogits_stride_b,
+    dlogits_stride_d,
+    tiles,
+    splits,
+    chunks,
+    example_offset: tl.int64,
+    WIDTH: tl.constexpr,
+    LEVELS: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """See `_rows` for the walk. `num_elements` and the strides k and b of all but the weight count units of WIDTH."""
+    BINARIZE: tl.constexpr = seed_ptr is not None
+    LOSS: tl.constexpr = nll_ptr is not None
+    SUMS: tl.constexpr = column_sum_ptr is not None
+    # as many neighbours as one 128-bit access of the logits brings
+    LOG_GROUP: tl.constexpr = 2 if logits_ptr.dtype.element_ty == tl.float32 or COLS < 8 else 3
+    TAIL_GROUP: tl.constexpr = 0 if ROWS * TAIL < 512 else 2
+    BLOCK: tl.constexpr = 64 >> LOG_GROUP
+    D = num_elements * WIDTH
+    group = (tl.program_id(0) // splits).to(tl.int64)
+    split = tl.program_id(0) % splits
+    whole = tl.cdiv(D, COLS) if SUMS else D // COLS
+    begin = split * chunks
+    end = tl.minimum(begin + chunks, whole)
+    key_lo = 0
+    key_hi = 0
+    if BINARIZE:
+        key_lo, key_hi = load_key(seed_ptr)
+    column_sum = tl.zeros((ROWS, COLS), tl.float32)
+
+    for tile in range(group * tiles, tl.minimum((group + 1) * tiles, tl.cdiv(num_rows, ROWS))):
+        row, k, b = locate_rows(tile * ROWS, num_examples, ROWS, SAMPLES)
+        in_rows = row < num_rows
+        example = b + example_offset
+        logits_row = logits_ptr + (k * (logits_stride_k * WIDTH) + b * (logits_stride_b * WIDTH))
+        x_row = x_ptr + (k * (x_stride_k * WIDTH) + b * (x_stride_b * WIDTH))
+        dlogits_row = None
+        weight = 0.0
+        if dlogits_ptr is not None:
+            dlogits_row = dlogits_ptr + (k * (dlogits_stride_k * WIDTH) + b * (dlogits_stride_b * WIDTH))
+            weight = tl.load(weight_ptr + (k * weight_stride_k + b * weight_stride_b), in_rows, other=0.0)
+        nll = tl.zeros((ROWS, 1), tl.float32)
+        for block in range(begin, end, BLOCK):
+            linear = tl.zeros((ROWS, COLS), tl.float32)
+            q = tl.zeros((ROWS, COLS), tl.float32)
+            for chunk in range(block, tl.minimum(block + BLOCK, end)):
+                linear, q, dlogits = _step(
+                    logits_row, x_row, dlogits_row, weight, linear, q, chunk * COLS, D, in_rows, example,
+                    key_lo, key_hi, logits_stride_d, x_stride_d, dlogits_stride_d, LEVELS, BINARIZE, SUMS, LOSS,
+                )  # fmt: skip
+                if SUMS:
+                    column_sum += dlogits
+            if LOSS:
+                nll += tl.sum(_row_terms(linear, q, LOG_GROUP), axis=1, keep_dims=True)
+        if TAIL:  # noqa: SIM102  # known at compile time, the next one is not
+            if split == splits - 1:
+                linear = tl.zeros((ROWS, TAIL), tl.float32)
+                q = tl.zeros((ROWS, TAIL), tl.float32)
+                linear, q, dlogits = _step(
+                    logits_row, x_row, dlogits_row, weight, linear, q, whole * COLS, D, in_rows, example,
+                    key_lo, key_hi, logits_stride_d, x_stride_d, dlogits_stride_d, LEVELS, BINARIZE, True, LOSS,
+                )  # fmt: skip
+                if LOSS:
+                    nll += tl.sum(_row_terms(linear, q, TAIL_GROUP), axis=1, keep_dims=True)
+        if LOSS:
+            tl.store(nll_ptr + split * num_rows + row, nll, in_rows)
+
+    if SUMS:
+        col = begin * COLS + tl.arange(0, COLS)[None, :]
+        tl.store(column_sum_ptr + group * D + col, tl.sum(column_sum, axis=0, keep_dims=True), col < D)
+
+
+def _launch(
+    logits: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    binarize_seed: Tensor | None,
+    example_offset: int,
+    dlogits: Tensor | None,
+    *,
+    loss: bool,
+    column_sums: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """One pass over logits and x: (nll, column sums) as far as they are wanted, and the gradient into `dlogits`."""
+    *leading, D = logits.shape
+    x, levels = as_bytes(x)
+    rows = [as_rows(logits), as_rows(x), as_rows(logits if dlogits is None else dlogits)]
+    assert dlogits is None or rows[2].tensor is dlogits, "three strides must be able to walk the output"
+    width = vector_width(D, *rows)
+    rows.append(Rows(logits, 0, 0, 0) if weight is None else as_rows(weight, event=False))
+    if binarize_seed is None:
+        K, B, rows = merge_rows(logits.shape, *rows)
+    else:
+        K, B = math.prod(leading[:-1]), leading[-1] if leading else 1
+    # the generator needs registers: fewer elements per thread then
+    itemsize = 4 if binarize_seed is not None else logits.element_size()
+    walk = column_walk(K * B, D) if column_sums else row_walk(K * B, D, itemsize)
+    nll = logits.new_empty((walk.splits, *leading), dtype=torch.float32) if loss else None
+    column_sum = logits.new_empty((walk.groups, D), dtype=torch.float32) if column_sums else None
+    logits_rows, x_rows, dlogits_rows, weight_rows = rows
+    with device_guard(logits):
+        _bernoulli_nll_kernel[grid_1d(walk.groups, walk.splits)](
+            logits_rows.tensor,
+            x_rows.tensor,
+            None if weight is None else weight_rows.tensor,
+            binarize_seed,
+            nll,
+            dlogits,
+            column_sum,
+            K * B,
+            B,
+            D // width,
+            *logits_rows.strides_in(width),
+            *x_rows.strides_in(width),
+            weight_rows.stride_k,
+            weight_rows.stride_b,
+            *dlogits_rows.strides_in(width),
+            walk.tiles,
+            walk.splits,
+            walk.chunks,
+            example_offset,
+            WIDTH=width,
+            LEVELS=levels,
+            SAMPLES=K > 1,
+            ROWS=walk.rows,
+            COLS=walk.cols,
+            TAIL=walk.tail,
+            num_warps=walk.warps,
+        )
+    if nll is None:
+        return None, None
+    if walk.splits == 1 and column_sum is None:
+        return nll[0], None
+    return sum_partials(nll, column_sum)
+
+
+def bernoulli_nll_fwd(logits: Tensor, x: Tensor, binarize_seed: Tensor | None, example_offset: int) -> Tensor:
+    """nll float32 `[*leading]`."""
+    if not logits.numel():
+        return logits.new_zeros(logits.shape[:-1], dtype=torch.float32)
+    nll, _ = _launch(logits, x, None, binarize_seed, example_offset, None, loss=True)
+    assert nll is not None
+    return nll
+
+
+def bernoulli_nll_bwd(
+    dnll: Tensor, logits: Tensor, x: Tensor, binarize_seed: Tensor | None, example_offset: int
+) -> Tensor:
+    """dlogits in the dtype of the logits, from the upstream gradient `dnll` float32 `[*leading]` of any strides."""
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if logits.numel():
+        _launch(logits, x, dnll, binarize_seed, example_offset, dlogits, loss=False)
+    return dlogits
+
+
+def bernoulli_nll_with_grad(
+    logits: Tensor,
+    x: Tensor,
+    row_weight: Tensor,
+    binarize_seed: Tensor | None,
+    example_offset: int,
+    column_sums: bool,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(nll, dlogits, column sums `[D]` float32 or None) in one pass: dlogits = row_weight * (sigmoid(logits) - x).
+
+    `row_weight` is float32 `[*leading]`; the column sums are those of dlogits over the rows, the gradient of the output
+    layer's bias. `out` takes dlogits, and may be `logits` itself.
+    """
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
+    if not logits.numel():
+        nll = logits.new_zeros(logits.shape[:-1], dtype=torch.float32)
+        return nll, dlogits, logits.new_zeros(logits.shape[-1], dtype=torch.float32) if column_sums else None
+    losses, column_sum = _launch(
+        logits, x, row_weight, binarize_seed, example_offset, dlogits, loss=True, column_sums=column_sums
+    )
+    assert losses is not None
+    return losses, dlogits, column_sum
