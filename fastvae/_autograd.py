@@ -101,17 +101,18 @@ class ReparameterizeKL(Function):
         example_offset: int,
         stream: int,
         per_dim: bool,
-    ) -> tuple[Tensor, Tensor, Grad]:
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(mu, logvar, seed)
         ctx.kernels, ctx.where = kernels, (example_offset, stream)
         ctx.set_materialize_grads(False)
         z, kl, kl_per_dim = kernels.reparameterize_kl_fwd(mu, logvar, seed, example_offset, stream, per_dim)
-        if kl_per_dim is not None:
-            ctx.mark_non_differentiable(kl_per_dim)
+        if not per_dim:
+            return z, kl
+        ctx.mark_non_differentiable(kl_per_dim)
         return z, kl, kl_per_dim
 
     @staticmethod
-    def backward(ctx: Any, dz: Grad, dkl: Grad, _: Grad) -> tuple[Any, ...]:
+    def backward(ctx: Any, dz: Grad, dkl: Grad, *_: Grad) -> tuple[Any, ...]:
         mu, logvar, seed = ctx.saved_tensors
         example_offset, stream = ctx.where
         if torch.is_grad_enabled():

@@ -63,7 +63,9 @@ def evaluate(path: Path, *, num_samples: int | None, max_examples: int | None, d
     row("KL", "{r.kl:.3f}")
     row("bits/dim", "{r.bits_per_dim:.4f}")
     if num_samples is not None:
-        row(f"log-likelihood, K={num_samples}", "{r.log_likelihood:.3f} ± {r.log_likelihood_stderr:.3f}")
+        # one sample has no spread to tell its error from
+        stderr = " ± {r.log_likelihood_stderr:.3f}" if num_samples > 1 else ""
+        row(f"log-likelihood, K={num_samples}", "{r.log_likelihood:.3f}" + stderr)
         row("effective sample size", "{r.effective_sample_size:.1f}")
     row(f"active units of {model.latent_dim}", "{r.active_units}")
     _console.print(table)

@@ -18,7 +18,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -80,14 +80,14 @@ def curves(metrics: Sequence[Mapping[str, Any]], label: str) -> Figure:
         label: what the numbers are, `TrainConfig.nll_label`.
     """
     figure = Figure(figsize=(_WIDTH / _DPI, 2.7), layout="constrained")
-    figure.suptitle(label, fontsize=9.0)
+    figure.suptitle(label, x=0.01, ha="left", fontsize=9.0)
     panels = figure.subplots(1, 3, sharex=True)
     num_steps = max((row["step"] for row in metrics), default=0)
     for axes, key, title in zip(panels, ("negative_elbo", "nll", "kl"), ("negative ELBO", "NLL", "KL"), strict=True):
         late: list[float] = []
         for split, colour in (("train", BLUE), ("test", VERMILION)):
             rows = [row for row in metrics if row["split"] == split and math.isfinite(row[key])]
-            steps, values = [row["step"] for row in rows], [row[key] for row in rows]
+            steps, values = (_thinned([row[name] for row in rows]) for name in ("step", key))
             # a line of one row is nothing without its marker, one of many rows hides behind them
             marker = "o" if len(rows) == 1 or (split == "test" and len(rows) <= 40) else None
             axes.plot(steps, values, color=colour, marker=marker, markersize=3.0, linewidth=1.4, label=split)
@@ -96,9 +96,15 @@ def curves(metrics: Sequence[Mapping[str, Any]], label: str) -> Figure:
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     panels[0].set_ylabel("nats per example")
-    panels[0].legend(loc="upper right")
+    figure.legend(handles=panels[0].lines, loc="outside upper right", ncols=2)
     return figure
+
+
+def _thinned(values: Sequence[float]) -> list[float]:
+    """At most 250 values, each the mean of as many neighbours: a longer line is a band of noise."""
+    return [float(part.mean()) for part in np.array_split(values, max(1, min(len(values), 250))) if len(part)]
 
 
 def _limit(axes: Axes, late: list[float]) -> None:
@@ -123,10 +129,13 @@ def kl_per_dim(evaluation: Evaluation) -> Figure:
     axes.bar(np.arange(len(kl)), kl[order], color=colours.tolist(), width=0.8 if len(kl) <= 100 else 1.0)
     axes.set_xlim(-0.6, len(kl) - 0.4)
     if len(kl) <= 32:
-        axes.set_xticks(range(len(kl)), [str(dimension) for dimension in order])
+        labels = axes.set_xticks(range(len(kl)), [str(dimension) for dimension in order])
+        # an idle dimension's bar is too low to show its colour
+        for tick, colour in zip(labels, colours, strict=True):
+            tick.label1.set_color(colour)
         axes.set_xlabel("latent dimension, sorted by its KL")
     else:
-        axes.set_xlabel("rank of the latent dimension by its KL")
+        axes.set_xlabel("latent dimensions, sorted by their KL")
     axes.grid(False, axis="x")
     axes.set_ylabel("KL (nats)")
     axes.set_title(f"KL {evaluation.kl:.2f} nats, {evaluation.active_units} of {len(kl)} latent dimensions active")
@@ -198,7 +207,10 @@ def manifold(model: VAE, n: int = 20) -> Figure:
 
 
 def _pictures(x: Tensor) -> NDArray[np.float32]:
-    """`[N, H, W, 3]` in [0, 1], whatever the examples are."""
+    """`[N, H, W, 3]` in [0, 1], whatever the examples are, with a black line of one value at the right and below.
+
+    The line keeps neighbours apart: the digits of 8 x 8 fill their frames.
+    """
     if x.ndim < 2 or x.numel() == 0:
         raise FastvaeError(f"got {list(x.shape)}, expected one picture or more: [N, H, W], [N, C, H, W] or [N, D]")
     x = x.detach().cpu()
@@ -207,25 +219,24 @@ def _pictures(x: Tensor) -> NDArray[np.float32]:
         x = x.unsqueeze(1).expand(-1, max(1, x.shape[1] // 4), -1)
     x = x.unsqueeze(1) if x.ndim == 3 else x.flatten(1, -3)
     x = x if x.shape[1] == 3 else x.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    x = torch.nn.functional.pad(x, (0, 1, 0, 1))
     pictures: NDArray[np.float32] = x.permute(0, 2, 3, 1).numpy()
     return pictures
 
 
 def _mosaic(pictures: NDArray[np.float32], columns: int, *, left: int = 0, bottom: int = 0) -> tuple[Figure, Axes]:
-    """`[N, H, W, 3]` in rows, with margins in pixels at the left and at the bottom; 1240 pixels at most each way.
+    """Rows of `_pictures`, white where they run out, with margins in pixels; 1240 pixels at most each way.
 
-    A black line of one value keeps neighbours apart (the digits of 8 x 8 fill their frames). Each value takes a whole
-    number of pixels, unless there are more values than pixels: nothing is blurred.
+    Each value takes a whole number of pixels, unless there are more values than pixels: nothing is blurred.
     """
     N, H, W, _ = pictures.shape
     rows = math.ceil(N / columns)
-    grid = np.ones((rows * columns, H + 1, W + 1, 3), np.float32)
-    grid[:N] = np.pad(pictures, ((0, 0), (0, 1), (0, 1), (0, 0)))
-    grid = grid.reshape(rows, columns, H + 1, W + 1, 3).swapaxes(1, 2).reshape(rows * (H + 1), columns * (W + 1), 3)
-    grid = grid[:-1, :-1]
+    grid = np.ones((rows * columns, H, W, 3), np.float32)
+    grid[:N] = pictures
+    grid = grid.reshape(rows, columns, H, W, 3).swapaxes(1, 2).reshape(rows * H, columns * W, 3)[:-1, :-1]
     scale = min((_WIDTH - bottom) / grid.shape[0], (_WIDTH - left) / grid.shape[1])
     # nor is a single digit drawn as large as the page
-    scale = math.floor(min(scale, max(1.0, 160 / max(H, W)))) if scale >= 1 else scale
+    scale = math.floor(min(scale, max(1.0, 160 / (max(H, W) - 1)))) if scale >= 1 else scale
     height, width = (max(1, round(size * scale)) for size in grid.shape[:2])
     total_width, total_height = left + width, bottom + height
     figure = Figure(figsize=(total_width / _DPI, total_height / _DPI))

@@ -197,8 +197,7 @@ def reparameterize_kl(
     `mu`, `logvar` `[..., B, L]` -> z `[..., B, L]` in their dtype, kl `[..., B]` float32, nats. Arguments and errors as
     `reparameterize`. Source: Kingma & Welling 2013, Section 2.3, equation 7.
     """
-    z, kl, _ = _reparameterize_kl(mu, logvar, seed, generator, example_offset, stream, per_dim=False)
-    return z, kl
+    return _reparameterize_kl(mu, logvar, seed, generator, example_offset, stream, per_dim=False)
 
 
 def reparameterize_kl_per_dim(
@@ -226,8 +225,9 @@ def _reparameterize_kl(
     if kernels is not None:
         return _autograd.ReparameterizeKL.apply(kernels, mu, logvar, seed, example_offset, stream, per_dim)
     z, kl = reference.reparameterize_kl(mu, logvar, seed, example_offset=example_offset, stream=stream)
-    kl_per_dim = reference.kl_per_dim(mu.detach(), logvar.detach()).flatten(0, -2).sum(0) if per_dim else None
-    return z, kl, kl_per_dim
+    if not per_dim:
+        return z, kl
+    return z, kl, reference.kl_per_dim(mu.detach(), logvar.detach()).flatten(0, -2).sum(0)
 
 
 def reparameterize_log_ratio(
