@@ -1,0 +1,58 @@
+"""Numba kernels of fastvae for the CPU: tensors in, tensors out; no autograd, no validation.
+
+Importing this package compiles nothing and imports no Numba: an operation is loaded when it is first asked for, and its
+kernel compiled, or read from Numba's cache on disk, when it is first called.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._supports import supports
+
+if TYPE_CHECKING:
+    from ._philox import philox_words
+    from .bernoulli_nll import bernoulli_nll_bwd, bernoulli_nll_fwd, bernoulli_nll_with_grad
+    from .gather import gather_batch
+    from .gaussian_nll import gaussian_nll_bwd, gaussian_nll_fwd, gaussian_nll_with_grad
+    from .kl_normal import kl_normal_bwd, kl_normal_fwd
+    from .kl_standard_normal import kl_standard_normal_bwd, kl_standard_normal_fwd
+    from .reparameterize import reparameterize_bwd, reparameterize_fwd
+    from .reparameterize_kl import reparameterize_kl_bwd, reparameterize_kl_fwd
+    from .reparameterize_log_ratio import reparameterize_log_ratio_bwd, reparameterize_log_ratio_fwd
+    from .scale import scale_
+
+__all__ = [
+    "bernoulli_nll_bwd",
+    "bernoulli_nll_fwd",
+    "bernoulli_nll_with_grad",
+    "gather_batch",
+    "gaussian_nll_bwd",
+    "gaussian_nll_fwd",
+    "gaussian_nll_with_grad",
+    "kl_normal_bwd",
+    "kl_normal_fwd",
+    "kl_standard_normal_bwd",
+    "kl_standard_normal_fwd",
+    "philox_words",
+    "reparameterize_bwd",
+    "reparameterize_fwd",
+    "reparameterize_kl_bwd",
+    "reparameterize_kl_fwd",
+    "reparameterize_log_ratio_bwd",
+    "reparameterize_log_ratio_fwd",
+    "scale_",
+    "supports",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = {"philox_words": "_philox", "gather_batch": "gather"}.get(name, name)
+    for suffix in ("_fwd", "_bwd", "_with_grad"):
+        module = module.removesuffix(suffix)
+    value = getattr(importlib.import_module(f".{module}", __name__), name)
+    globals()[name] = value
+    return value

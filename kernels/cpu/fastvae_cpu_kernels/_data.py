@@ -1,0 +1,55 @@
+"""Data of any accepted type as float32 in [0, 1], a piece of a row at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._jit import loop
+from ._math import ONE, ZERO
+from ._philox import draw_uniforms, fill_counters, to_words
+from ._pointers import f32_at, f32_scratch, u8_at, u32_scratch
+
+__all__ = ["FLOAT", "binarize_piece", "data_kind", "load_piece"]
+
+FLOAT, BYTE, BOOL = range(3)
+_KINDS = {torch.float32: FLOAT, torch.uint8: BYTE, torch.bool: BOOL}
+STREAM_BINARIZE = 1
+LARGEST_BYTE = np.float32(255.0)
+
+
+def data_kind(x: Tensor) -> int:
+    """The type of data as a kernel argument: one compilation serves all."""
+    return _KINDS[x.dtype]
+
+
+@loop
+def load_piece(row: int, kind: int, first: int, count: int, x: Any) -> None:
+    """`x[:count]` = elements `first` onwards of the row at address `row`; a byte means its value / 255."""
+    if kind == FLOAT:
+        floats = f32_at(row + 4 * first)
+        for d in range(count):
+            x[d] = floats[d]
+    else:
+        data = u8_at(row + first)
+        if kind == BYTE:
+            for d in range(count):
+                x[d] = np.float32(data[d]) / LARGEST_BYTE
+        else:
+            for d in range(count):
+                x[d] = np.float32(data[d])
+
+
+@loop
+def binarize_piece(x: Any, first: int, count: int, seed: int, example: int) -> None:
+    """Replaces `x[:count]`, elements `first` (a multiple of 4) onwards of an example, by Bernoulli(x) draws."""
+    words, u = u32_scratch(512), f32_scratch(512)
+    quads = (count + 3) // 4
+    fill_counters(words, 0, quads, first // 4, example, 0, STREAM_BINARIZE)
+    to_words(words, quads, seed)
+    draw_uniforms(words, quads, u)
+    for d in range(count):
+        x[d] = ONE if u[d] < x[d] else ZERO

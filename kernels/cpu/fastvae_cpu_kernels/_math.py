@@ -1,0 +1,149 @@
+"""Elementary functions that LLVM vectorises: polynomials and exponent bits, no branches, no calls.
+
+Errors are below 1.6 ulp of float32 (`expm1_minus`: of its terms). The coefficients are minimax in the relative error of
+the function, fitted in float64. NaN goes in and comes out; infinities give the limits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ._jit import term
+from ._pointers import bits_of, float_of, nearest
+
+__all__ = [
+    "HALF",
+    "ONE",
+    "TWO",
+    "ZERO",
+    "exp",
+    "expm1",
+    "expm1_minus",
+    "log1p_unit",
+    "log_unit",
+    "normal_pair",
+]
+
+ZERO, HALF, ONE, TWO = (np.float32(value) for value in (0.0, 0.5, 1.0, 2.0))
+
+# exp(r) = 1 + r + r^2 (E0 + E1 r + ...) for |r| <= ln(2) / 2
+E0, E1, E2, E3, E4 = (np.float32(c) for c in (0.5, 0.16666578, 0.041666854, 0.0083631445, 0.0013901286))
+# log1p(e) = e + e^2 (P0 + P1 e + ...) for 0 <= e <= 1
+P0, P1, P2, P3, P4, P5, P6, P7, P8 = (
+    np.float32(c)
+    for c in (
+        -0.49999997,
+        0.33332866,
+        -0.24987023,
+        0.19857943,
+        -0.15862218,
+        0.11592392,
+        -0.067111865,
+        0.025438463,
+        -0.004519069,
+    )
+)
+# log(1 + f) = f - f^2 / 2 + f^3 (G0 + G1 f + ...) for sqrt(1/2) <= 1 + f <= sqrt(2)
+G0, G1, G2, G3, G4, G5, G6, G7 = (
+    np.float32(c)
+    for c in (0.33333331, -0.25000304, 0.20001201, -0.16641581, 0.14209945, -0.12989278, 0.12655695, -0.079742089)
+)
+# sin(a) = a + a^3 (S0 + ...), cos(a) = 1 - a^2 / 2 + a^4 (C0 + ...) for |a| <= pi / 4 (Cephes)
+S0, S1, S2 = (np.float32(c) for c in (-1.6666654611e-1, 8.3321608736e-3, -1.9515295891e-4))
+C0, C1, C2 = (np.float32(c) for c in (4.166664568298827e-2, -1.388731625493765e-3, 2.443315711809948e-5))
+
+LOG2_E = np.float32(1.4426950408889634)
+# ln 2 in two parts: n * LN2_HIGH is exact for |n| < 2^9
+LN2_HIGH, LN2_LOW = np.float32(0.693145751953125), np.float32(1.42860682030941723212e-6)
+# adding 1.5 * 2^23 leaves an integer in the low bits of the sum; unlike a conversion it is defined for NaN
+ROUND_TO_BITS = np.float32(12582912.0)
+EXP_MIN, EXP_MAX = np.float32(-87.33), np.float32(89.0)
+SQRT_HALF_BITS, SIGNIFICAND_BITS = np.int32(0x3F3504F3), np.int32(0x007FFFFF)
+TWO_TO_MINUS_32, TWO_TO_MINUS_33 = np.float32(2.0**-32), np.float32(2.0**-33)
+# a word of which two bits, the quadrant, were shifted out
+QUADRANT_ANGLE = np.float32(2.0 * math.pi * 2.0**-34)
+
+
+@term
+def _reduced(x: Any) -> Any:
+    """(n, r) with x = n ln 2 + r, for x clamped to where exp(x) runs from 0 to infinity."""
+    x = EXP_MIN if x < EXP_MIN else x
+    x = EXP_MAX if x > EXP_MAX else x
+    n = nearest(x * LOG2_E)
+    r = x - n * LN2_HIGH
+    return n, r - n * LN2_LOW
+
+
+@term
+def _half_power(n: Any) -> Any:
+    """2^(n - 1), and 0 for n = -126. Half the power, as 2^128 would overflow too early."""
+    return float_of(np.int32((bits_of(n + ROUND_TO_BITS) + np.int32(126)) << np.int32(23)))
+
+
+@term
+def _beyond_linear(r: Any) -> Any:
+    """exp(r) - 1 - r."""
+    return r * r * (E0 + r * (E1 + r * (E2 + r * (E3 + r * E4))))
+
+
+@term
+def exp(x: Any) -> Any:
+    """exp(x); below 2^-126 it is 0."""
+    n, r = _reduced(x)
+    return (TWO + TWO * (r + _beyond_linear(r))) * _half_power(n)
+
+
+@term
+def expm1(x: Any) -> Any:
+    """exp(x) - 1."""
+    n, r = _reduced(x)
+    half = _half_power(n)
+    return TWO * (half * (r + _beyond_linear(r)) + (half - HALF))
+
+
+@term
+def expm1_minus(x: Any) -> Any:
+    """expm1(x) - x. Where x is small nothing cancels: half = 1/2, r = x, and the bracket is 0."""
+    n, r = _reduced(x)
+    half = _half_power(n)
+    x = EXP_MAX if x > EXP_MAX else x
+    return TWO * (half * _beyond_linear(r) + ((half - HALF) + (half * r - HALF * x)))
+
+
+@term
+def log1p_unit(e: Any) -> Any:
+    """log(1 + e) for e in [0, 1]."""
+    return e + e * e * (P0 + e * (P1 + e * (P2 + e * (P3 + e * (P4 + e * (P5 + e * (P6 + e * (P7 + e * P8))))))))
+
+
+@term
+def log_unit(u: Any) -> Any:
+    """log(u) for normal u in (0, 1]."""
+    bits = np.int32(bits_of(u) - SQRT_HALF_BITS)
+    exponent = np.int32(bits >> np.int32(23))
+    f = float_of(np.int32((bits & SIGNIFICAND_BITS) + SQRT_HALF_BITS)) - ONE
+    n = np.float32(exponent)
+    cubic = f * (G0 + f * (G1 + f * (G2 + f * (G3 + f * (G4 + f * (G5 + f * (G6 + f * G7)))))))
+    return n * LN2_HIGH + (f + (f * f * (cubic - HALF) + n * LN2_LOW))
+
+
+@term
+def normal_pair(radius_word: Any, angle_word: Any) -> Any:
+    """Two standard normals from two uint32 words, by Box-Muller; the angle is reduced by its bits."""
+    u = np.float32(radius_word) * TWO_TO_MINUS_32 + TWO_TO_MINUS_33
+    radius = np.float32(math.sqrt(-TWO * log_unit(u)))
+    quadrant = np.uint32(np.uint32(angle_word + np.uint32(1 << 29)) >> np.uint32(30))
+    a = np.float32(np.int32(np.uint32(angle_word << np.uint32(2)))) * QUADRANT_ANGLE
+    s = a * a
+    sine = a + a * s * (S0 + s * (S1 + s * S2))
+    cosine = (ONE - HALF * s) + s * s * (C0 + s * (C1 + s * C2))
+    odd = np.uint32(quadrant & np.uint32(1)) != np.uint32(0)
+    along = sine if odd else cosine
+    across = cosine if odd else sine
+    # cos is negative in quadrants 1 and 2, sin in 2 and 3
+    along_sign = np.int32(np.uint32(np.uint32(quadrant + np.uint32(1)) & np.uint32(2)) << np.uint32(30))
+    across_sign = np.int32(np.uint32(quadrant & np.uint32(2)) << np.uint32(30))
+    return radius * float_of(bits_of(along) ^ along_sign), radius * float_of(bits_of(across) ^ across_sign)

@@ -1,0 +1,166 @@
+"""Noise as a pure function of (seed, stream, example, sample, element): Philox4x32-10, word for word the reference's.
+
+The counter is (element / 4, example low, example high, sample | stream << 24), the key is the seed; the four words
+serve elements 4 q to 4 q + 3. Counters of several rows are drawn together: a row of 20 latents has only five of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._jit import kernel, loop, term
+from ._math import normal_pair
+from ._pointers import i64_at, u32_scratch
+
+__all__ = ["MAX_COUNTERS", "draw_rows", "draw_uniforms", "fill_counters", "philox_words", "slots_per_draw", "to_words"]
+
+# counters drawn at a time: 512 elements, whose words stay in the first-level cache
+MAX_COUNTERS = 128
+
+M0, M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+W0, W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+LOW, HIGH = np.uint64(0xFFFFFFFF), np.uint64(32)
+TWO_TO_MINUS_24 = np.float32(2.0**-24)
+
+
+@term
+def _philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
+    """Ten rounds; words are uint64 below 2^32, as the 64-bit product of two of them is one vector instruction."""
+    for _ in range(10):
+        p0, p1 = c0 * M0, c2 * M1
+        c0, c1, c2, c3 = (p1 >> HIGH) ^ c1 ^ k0, p1 & LOW, (p0 >> HIGH) ^ c3 ^ k1, p0 & LOW
+        k0, k1 = (k0 + W0) & LOW, (k1 + W1) & LOW
+    return c0, c1, c2, c3
+
+
+@loop
+def fill_counters(counters: Any, at: int, quads: int, first_quad: int, example: int, sample: int, stream: int) -> None:
+    """Writes the counters of one row, `quads` of them, from position `at`."""
+    low, high = np.uint32(example), np.uint32(example >> 32)
+    last = np.uint32(sample | (stream << 24))
+    for q in range(quads):
+        counters[at + q] = np.uint32(first_quad + q)
+        counters[MAX_COUNTERS + at + q] = low
+        counters[2 * MAX_COUNTERS + at + q] = high
+        counters[3 * MAX_COUNTERS + at + q] = last
+
+
+@loop
+def to_words(counters: Any, count: int, seed: int) -> None:
+    """Turns `count` counters into words, in place."""
+    k0, k1 = np.uint64(seed) & LOW, np.uint64(seed) >> HIGH
+    for t in range(count):
+        w = _philox(
+            np.uint64(counters[t]),
+            np.uint64(counters[MAX_COUNTERS + t]),
+            np.uint64(counters[2 * MAX_COUNTERS + t]),
+            np.uint64(counters[3 * MAX_COUNTERS + t]),
+            k0,
+            k1,
+        )
+        counters[t] = np.uint32(w[0])
+        counters[MAX_COUNTERS + t] = np.uint32(w[1])
+        counters[2 * MAX_COUNTERS + t] = np.uint32(w[2])
+        counters[3 * MAX_COUNTERS + t] = np.uint32(w[3])
+
+
+@loop
+def _draw_normals(words: Any, count: int, eps: Any) -> None:
+    """Standard normals from the words of `count` counters: `eps[4 t : 4 t + 4]` from counter t."""
+    for t in range(count):
+        first = normal_pair(words[t], words[MAX_COUNTERS + t])
+        second = normal_pair(words[2 * MAX_COUNTERS + t], words[3 * MAX_COUNTERS + t])
+        eps[4 * t], eps[4 * t + 1] = first
+        eps[4 * t + 2], eps[4 * t + 3] = second
+
+
+@term
+def slots_per_draw(count: int) -> int:
+    """How many rows of `count` elements `draw_rows` can draw at a time."""
+    return max(1, MAX_COUNTERS // max(1, (count + 3) // 4))
+
+
+@loop
+def draw_rows(
+    eps: Any,
+    first_slot: int,
+    slots: int,
+    samples: int,
+    K: int,
+    B: int,
+    first: int,
+    count: int,
+    seed: int,
+    stream: int,
+    example_offset: int,
+    sample_offset: int,
+    samples_are_examples: int,
+) -> None:
+    """Normals of `slots` rows, elements `first` (a multiple of 4) onwards, `4 ceil(count / 4)` apart in `eps`.
+
+    Slot t is draw t % samples of row t // samples; row r is example r % B of sample r // B. Further draws are further
+    samples of the same example or, where the rows have no example dimension, further examples.
+    """
+    words = u32_scratch(512)
+    quads = (count + 3) // 4
+    row, draw = first_slot // samples, first_slot % samples
+    k, b = row // B, row % B
+    for i in range(slots):
+        example, sample = b + example_offset, draw * K + k + sample_offset
+        if samples_are_examples:
+            example, sample = draw + example_offset, sample_offset
+        fill_counters(words, i * quads, quads, first // 4, example, sample, stream)
+        draw += 1
+        if draw == samples:
+            draw, b = 0, b + 1
+        if b == B:
+            b, k = 0, k + 1
+    to_words(words, slots * quads, seed)
+    _draw_normals(words, slots * quads, eps)
+
+
+@loop
+def draw_uniforms(words: Any, count: int, u: Any) -> None:
+    """Uniforms in [0, 1) on the grid of 2^-24: `u[4 t : 4 t + 4]` from counter t."""
+    for t in range(count):
+        for j in range(4):
+            word = words[j * MAX_COUNTERS + t]
+            u[4 * t + j] = np.float32(np.int32(np.uint32(word >> np.uint32(8)))) * TWO_TO_MINUS_24
+
+
+@kernel
+def _write_words(
+    out: int,
+    seed_address: int,
+    stream: int,
+    num_examples: int,
+    quads: int,
+    example_offset: int,
+    sample_offset: int,
+) -> None:
+    counters = u32_scratch(512)
+    words, seed = i64_at(out), i64_at(seed_address)[0]
+    for example in range(num_examples):
+        for first_quad in range(0, quads, MAX_COUNTERS):
+            count = min(MAX_COUNTERS, quads - first_quad)
+            fill_counters(counters, 0, count, first_quad, example + example_offset, sample_offset, stream)
+            to_words(counters, count, seed)
+            for j in range(4):
+                for t in range(count):
+                    words[(j * num_examples + example) * quads + first_quad + t] = np.int64(
+                        counters[j * MAX_COUNTERS + t]
+                    )
+
+
+def philox_words(
+    seed: Tensor, stream: int, num_examples: int, num_elements: int, example_offset: int, sample_offset: int
+) -> Tensor:
+    """The words behind the noise of one sample, int64 `[4, num_examples, ceil(num_elements / 4)]`; for tests."""
+    quads = (num_elements + 3) // 4
+    words = torch.empty(4, num_examples, quads, dtype=torch.int64)
+    _write_words(words.data_ptr(), seed.data_ptr(), stream, num_examples, quads, example_offset, sample_offset)
+    return words

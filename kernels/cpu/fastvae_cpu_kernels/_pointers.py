@@ -1,0 +1,97 @@
+"""What the kernels need below Python: memory by address, scratch on the stack, the bits of a float32.
+
+An array argument costs Numba's dispatcher about 0.3 microseconds, and its indices are checked for negative values; a
+kernel takes integer addresses instead. LLVM knows that scratch on the stack aliases nothing, so a loop that writes to
+scratch is vectorised without run-time checks, also when a kernel works in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+__all__ = [
+    "bits_of",
+    "f32_at",
+    "f32_scratch",
+    "f64_at",
+    "f64_scratch",
+    "float_of",
+    "i64_at",
+    "nearest",
+    "shifted",
+    "u8_at",
+    "u32_scratch",
+]
+
+
+def _pointer_at(element: types.Type) -> Any:
+    @intrinsic
+    def pointer_at(typing_context: Any, address: types.Type) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(element)(types.int64), codegen
+
+    return pointer_at
+
+
+f32_at, f64_at = _pointer_at(types.float32), _pointer_at(types.float64)
+u8_at, i64_at = _pointer_at(types.uint8), _pointer_at(types.int64)
+
+
+def _scratch(element: types.Type) -> Any:
+    @intrinsic(prefer_literal=True)
+    def scratch(typing_context: Any, size: types.Type) -> Any:
+        if not isinstance(size, types.IntegerLiteral):
+            return None
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            buffer = cgutils.alloca_once(builder, context.get_data_type(element), size=size.literal_value)
+            buffer.align = 64
+            return buffer
+
+        return types.CPointer(element)(size), codegen
+
+    return scratch
+
+
+f32_scratch, f64_scratch, u32_scratch = _scratch(types.float32), _scratch(types.float64), _scratch(types.uint32)
+
+
+@intrinsic
+def _shifted(typing_context: Any, pointer: types.Type, count: types.Type) -> Any:
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.gep(args[0], [args[1]])
+
+    return pointer(pointer, types.int64), codegen
+
+
+# shifted(pointer, count): the pointer to element `count`
+shifted: Any = _shifted
+
+
+def _float_intrinsic(result: types.Type, argument: types.Type, emit: Callable[[Any, Any, Any], Any]) -> Any:
+    @intrinsic
+    def operation(typing_context: Any, x: types.Type) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return emit(builder, args[0], context.get_value_type(result))
+
+        return result(argument), codegen
+
+    return operation
+
+
+def _emit_nearest(builder: Any, x: Any, float_type: Any) -> Any:
+    return builder.call(builder.module.declare_intrinsic("llvm.rint", [float_type]), [x])
+
+
+bits_of = _float_intrinsic(types.int32, types.float32, lambda builder, x, to: builder.bitcast(x, to))
+float_of = _float_intrinsic(types.float32, types.int32, lambda builder, x, to: builder.bitcast(x, to))
+# the nearest integer, as a float; Python's round() and math.floor() keep a loop from being vectorised
+nearest = _float_intrinsic(types.float32, types.float32, _emit_nearest)

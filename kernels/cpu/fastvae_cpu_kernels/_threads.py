@@ -1,0 +1,98 @@
+"""When and how a kernel uses more than one thread.
+
+`torch.get_num_threads()` is obeyed. Tiles are handed out in chunks, each to whoever asks first, and nobody spins: a
+helper that is not scheduled, because another process or another pool has its core, costs nothing, as its chunks are
+done by others. Numba's own pools split the work evenly in advance and wait at a barrier for the slowest.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ._layout import Tiles
+
+__all__ = ["run"]
+
+# waking a helper takes about 50 microseconds, so that less work than this is done sooner alone
+_WORTH_SHARING_NS = 250_000
+_CHUNKS_PER_THREAD = 4
+
+
+class _Job:
+    """Chunks of tiles, taken one at a time by the caller and its helpers."""
+
+    def __init__(self, kernel: Callable[..., None], tiles: int, chunk: int, args: tuple[Any, ...]) -> None:
+        self.kernel, self.tiles, self.chunk, self.args = kernel, tiles, chunk, args
+        self.next_tile = 0
+        self.busy = 0
+        self.changed = threading.Condition()
+
+    def work(self) -> None:
+        while True:
+            with self.changed:
+                first = self.next_tile
+                if first >= self.tiles:
+                    return
+                self.next_tile = last = min(first + self.chunk, self.tiles)
+                self.busy += 1
+            try:
+                self.kernel(first, last, *self.args)
+            finally:
+                with self.changed:
+                    self.busy -= 1
+                    self.changed.notify_all()
+
+    def wait(self) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.busy == 0)
+
+
+_jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+_helpers = 0
+_starting = threading.Lock()
+
+
+def _help() -> None:
+    while True:
+        _jobs.get().work()
+
+
+def _start_helpers(wanted: int) -> None:
+    global _helpers
+    with _starting:
+        while _helpers < wanted:
+            threading.Thread(target=_help, name=f"fastvae-{_helpers}", daemon=True).start()
+            _helpers += 1
+
+
+def _forget_helpers() -> None:
+    """After a fork the child has the queue but not the threads."""
+    global _helpers, _jobs, _starting
+    _helpers, _jobs, _starting = 0, queue.SimpleQueue(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_helpers)
+
+
+def run(kernel: Callable[..., None], tiles: Tiles, nanoseconds: float, *args: Any) -> None:
+    """Calls `kernel(first_tile, last_tile, *args)` over all tiles; `nanoseconds` estimates the work on one thread."""
+    if nanoseconds < _WORTH_SHARING_NS or tiles.total <= 1:
+        kernel(0, tiles.total, *args)
+        return
+    threads = min(torch.get_num_threads(), tiles.total)
+    if threads == 1:
+        kernel(0, tiles.total, *args)
+        return
+    _start_helpers(threads - 1)
+    job = _Job(kernel, tiles.total, -(-tiles.total // (threads * _CHUNKS_PER_THREAD)), args)
+    for _ in range(threads - 1):
+        _jobs.put(job)
+    job.work()
+    job.wait()

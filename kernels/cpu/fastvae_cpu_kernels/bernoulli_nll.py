@@ -1,0 +1,204 @@
+"""-log p(x|z) = sum_d [softplus(l_d) - x_d l_d] for Bernoulli pixels with logits l, in nats; and its gradient.
+
+    softplus(l) = max(l, 0) + log1p(e),  e = exp(-|l|);   d/dl = sigmoid(l) - x,  sigmoid(|l|) = 1 / (1 + e)
+
+One exponential and one division per element. Source: Kingma & Welling 2013, Appendix C.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ._data import binarize_piece, data_kind, load_piece
+from ._jit import kernel, loop, term
+from ._layout import NO_ROWS, PIECE, Rows, counts, deliver, destination, rows_of, scalars_of, tiles_of, walkable
+from ._math import ONE, ZERO, exp, log1p_unit
+from ._pieces import add_piece, store_piece
+from ._pointers import f32_at, f32_scratch, f64_at, i64_at
+from ._reduce import ColumnSums, row_sums, row_totals
+from ._threads import run
+
+__all__ = ["bernoulli_nll_bwd", "bernoulli_nll_fwd", "bernoulli_nll_with_grad"]
+
+_NS_PER_ELEMENT = 1.1
+
+
+@term
+def _nll_term(logit: Any, x: Any) -> Any:
+    """softplus(l) - x l."""
+    e = exp(-abs(logit))
+    return ((logit if logit > ZERO else ZERO) - x * logit) + log1p_unit(e)
+
+
+@term
+def _grad_term(logit: Any, x: Any) -> Any:
+    """sigmoid(l) - x."""
+    e = exp(-abs(logit))
+    larger = ONE / (ONE + e)
+    return (larger if logit >= ZERO else e * larger) - x
+
+
+@loop
+def _nll_piece(logits: Any, x: Any, count: int) -> Any:
+    total = ZERO
+    for d in range(count):
+        total += _nll_term(logits[d], x[d])
+    return total
+
+
+@loop
+def _grad_piece(logits: Any, x: Any, weight: Any, grad: Any, count: int) -> None:
+    for d in range(count):
+        grad[d] = weight * _grad_term(logits[d], x[d])
+
+
+@loop
+def _nll_and_grad_piece(logits: Any, x: Any, weight: Any, grad: Any, count: int) -> Any:
+    """Both terms in one loop, where the compiler shares their exponential."""
+    total = ZERO
+    for d in range(count):
+        total += _nll_term(logits[d], x[d])
+        grad[d] = weight * _grad_term(logits[d], x[d])
+    return total
+
+
+@kernel
+def _bernoulli_kernel(
+    first_tile: int,
+    last_tile: int,
+    logits: Rows,  # float32 [K, B, D]
+    x: Rows,  # [K, B, D] of type x_kind
+    x_kind: int,
+    weight: Rows,  # float32 [K, B]; address 0: no gradient
+    grad: Rows,  # float32 [K, B, D], may be `logits`
+    nll: int,  # float32 [K * B, tiles across], or 0
+    sums: int,  # float64 [tiles down, D], or 0
+    seed: int,  # int64 [1], or 0: x is not binarised
+    K: int,
+    B: int,
+    D: int,
+    across: int,
+    height: int,
+    width: int,
+    example_offset: int,
+) -> None:
+    x_piece, grad_piece = f32_scratch(512), f32_scratch(512)
+    for tile in range(first_tile, last_tile):
+        block, part = tile // across, tile % across
+        k, b = block * height // B, block * height % B
+        for r in range(block * height, min(K * B, (block + 1) * height)):
+            l_row = logits[0] + k * logits[1] + b * logits[2]
+            x_row = x[0] + k * x[1] + b * x[2]
+            grad_row = grad[0] + k * grad[1] + b * grad[2]
+            w = ZERO
+            if weight[0] != 0:
+                w = f32_at(weight[0] + k * weight[1] + b * weight[2])[0]
+            total = 0.0
+            end = min(D, (part + 1) * width)
+            for d in range(part * width, end, PIECE):
+                count = min(PIECE, end - d)
+                load_piece(x_row, x_kind, d, count, x_piece)
+                if seed != 0:
+                    binarize_piece(x_piece, d, count, i64_at(seed)[0], b + example_offset)
+                if weight[0] == 0:
+                    total += _nll_piece(f32_at(l_row + 4 * d), x_piece, count)
+                else:
+                    if nll != 0:
+                        total += _nll_and_grad_piece(f32_at(l_row + 4 * d), x_piece, w, grad_piece, count)
+                    else:
+                        _grad_piece(f32_at(l_row + 4 * d), x_piece, w, grad_piece, count)
+                    store_piece(grad_piece, f32_at(grad_row + 4 * d), count)
+                    if sums != 0:
+                        add_piece(grad_piece, f64_at(sums + 8 * (block * D + d)), count)
+            if nll != 0:
+                f32_at(nll)[r * across + part] = np.float32(total)
+            b += 1
+            if b == B:
+                k, b = k + 1, 0
+
+
+def _launch(
+    logits: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    binarize_seed: Tensor | None,
+    example_offset: int,
+    *,
+    with_nll: bool,
+    column_sums: bool = False,
+    out: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(nll, weight * d nll / d logits, its column sums), each if asked for."""
+    leading, D = logits.shape[:-1], logits.shape[-1]
+    K, B = counts(leading)
+    tiles = tiles_of(K * B, D)
+    logits, x = walkable(logits), walkable(x)
+    totals = row_totals(K * B, tiles) if with_nll else None
+    sums = ColumnSums(tiles, D) if column_sums else None
+    grad, weight_rows, grad_rows = None, NO_ROWS, NO_ROWS
+    if weight is not None:
+        weight, weight_rows = scalars_of(weight)
+        grad = destination(out, logits.shape)
+        grad_rows = rows_of(grad)
+    run(
+        _bernoulli_kernel,
+        tiles,
+        _NS_PER_ELEMENT * K * B * D,
+        rows_of(logits),
+        rows_of(x),
+        data_kind(x),
+        weight_rows,
+        grad_rows,
+        0 if totals is None else totals.data_ptr(),
+        0 if sums is None else sums.address,
+        0 if binarize_seed is None else binarize_seed.data_ptr(),
+        K,
+        B,
+        D,
+        tiles.across,
+        tiles.height,
+        tiles.width,
+        example_offset,
+    )
+    return (
+        None if totals is None else row_sums(totals, leading, tiles),
+        None if grad is None else deliver(grad, out),
+        None if sums is None else sums.per_column(),
+    )
+
+
+def bernoulli_nll_fwd(logits: Tensor, x: Tensor, binarize_seed: Tensor | None, example_offset: int) -> Tensor:
+    """nll `[...]` float32 for logits `[..., D]` float32 and x `[..., D]` float32, bool or uint8 (x / 255)."""
+    nll, _, _ = _launch(logits, x, None, binarize_seed, example_offset, with_nll=True)
+    assert nll is not None
+    return nll
+
+
+def bernoulli_nll_bwd(
+    dnll: Tensor, logits: Tensor, x: Tensor, binarize_seed: Tensor | None, example_offset: int
+) -> Tensor:
+    """dlogits `[..., D]` for dnll `[...]`."""
+    _, dlogits, _ = _launch(logits, x, dnll, binarize_seed, example_offset, with_nll=False)
+    assert dlogits is not None
+    return dlogits
+
+
+def bernoulli_nll_with_grad(
+    logits: Tensor,
+    x: Tensor,
+    row_weight: Tensor,
+    binarize_seed: Tensor | None,
+    example_offset: int,
+    column_sums: bool,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(nll, row_weight * d nll / d logits, its sums over the rows `[D]` or None) in one pass; `out` may be `logits`."""
+    nll, dlogits, sums = _launch(
+        logits, x, row_weight, binarize_seed, example_offset, with_nll=True, column_sums=column_sums, out=out
+    )
+    assert nll is not None
+    assert dlogits is not None
+    return nll, dlogits, sums

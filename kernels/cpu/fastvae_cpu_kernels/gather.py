@@ -1,0 +1,128 @@
+"""Rows of a data set as a batch in [0, 1]: gathered, scaled, and binarised or dequantised, in one pass.
+
+scale: x / 255 for bytes,   binarize: Bernoulli(x) draws of that,   dequantize: (x + u) / 256, u uniform in [0, 1)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._data import binarize_piece, data_kind, load_piece
+from ._jit import kernel, loop
+from ._layout import PIECE, tiles_of
+from ._philox import draw_uniforms, fill_counters, to_words
+from ._pieces import store_piece
+from ._pointers import f32_at, f32_scratch, i64_at, u8_at, u32_scratch
+from ._threads import run
+
+__all__ = ["gather_batch"]
+
+_NS_PER_ELEMENT = 0.3
+SCALE, BINARIZE, DEQUANTIZE = range(3)
+_TRANSFORMS = {"scale": SCALE, "binarize": BINARIZE, "dequantize": DEQUANTIZE}
+STREAM_DEQUANTIZE = 2
+TWO_TO_MINUS_8 = np.float32(2.0**-8)
+
+
+@loop
+def _dequantize_piece(row: int, first: int, count: int, seed: int, example: int, x: Any) -> None:
+    words, u = u32_scratch(512), f32_scratch(512)
+    quads = (count + 3) // 4
+    fill_counters(words, 0, quads, first // 4, example, 0, STREAM_DEQUANTIZE)
+    to_words(words, quads, seed)
+    draw_uniforms(words, quads, u)
+    data = u8_at(row + first)
+    for d in range(count):
+        x[d] = (np.float32(data[d]) + u[d]) * TWO_TO_MINUS_8
+
+
+@kernel
+def _gather_kernel(
+    first_tile: int,
+    last_tile: int,
+    data: int,  # [N, D] of type kind, contiguous
+    kind: int,
+    row_bytes: int,
+    index: int,  # int64 [B]
+    index_bytes: int,
+    out: int,  # float32 [B, D], contiguous
+    invalid: int,  # int64 [1], set to 1 if an index is out of range
+    transform: int,
+    seed: int,  # int64 [1]
+    N: int,
+    B: int,
+    D: int,
+    across: int,
+    height: int,
+    width: int,
+    example_offset: int,
+) -> None:
+    piece = f32_scratch(512)
+    for tile in range(first_tile, last_tile):
+        block, part = tile // across, tile % across
+        end = min(D, (part + 1) * width)
+        for b in range(block * height, min(B, (block + 1) * height)):
+            n = i64_at(index + b * index_bytes)[0]
+            if n < 0:
+                n += N
+            if n < 0 or n >= N:
+                i64_at(invalid)[0] = np.int64(1)
+                continue
+            row = data + row_bytes * n
+            for d in range(part * width, end, PIECE):
+                count = min(PIECE, end - d)
+                if transform == DEQUANTIZE:
+                    _dequantize_piece(row, d, count, i64_at(seed)[0], b + example_offset, piece)
+                else:
+                    load_piece(row, kind, d, count, piece)
+                    if transform == BINARIZE:
+                        binarize_piece(piece, d, count, i64_at(seed)[0], b + example_offset)
+                store_piece(piece, f32_at(out + 4 * (b * D + d)), count)
+
+
+def gather_batch(
+    data: Tensor,
+    index: Tensor,
+    transform: str,
+    seed: Tensor | None,
+    example_offset: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows `index` `[B]` int64 of contiguous `data` `[N, D]` (uint8; float32 but for dequantize), `[B, D]` of `dtype`.
+
+    Raises:
+        IndexError: an index is out of range. As in torch, negative ones count from the end.
+    """
+    N, D = data.shape
+    B = index.numel()
+    tiles = tiles_of(B, D)
+    out = torch.empty(B, D)
+    invalid = torch.zeros(1, dtype=torch.int64)
+    run(
+        _gather_kernel,
+        tiles,
+        _NS_PER_ELEMENT * B * D if transform == "scale" else 2.0 * B * D,
+        data.data_ptr(),
+        data_kind(data),
+        data.stride(0) * data.element_size(),
+        index.data_ptr(),
+        index.stride(0) * 8,
+        out.data_ptr(),
+        invalid.data_ptr(),
+        _TRANSFORMS[transform],
+        0 if seed is None else seed.data_ptr(),
+        N,
+        B,
+        D,
+        tiles.across,
+        tiles.height,
+        tiles.width,
+        example_offset,
+    )
+    if invalid.item():
+        raise IndexError(f"expected indices into {N} examples, got {int(index.min())} to {int(index.max())}")
+    return out.to(dtype)

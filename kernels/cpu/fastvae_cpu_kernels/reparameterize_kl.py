@@ -1,0 +1,223 @@
+"""z = mu + sigma eps and KL(N(mu, sigma^2) || N(0, I)) from one read of mu and logvar: SGVB estimator B's latent half.
+
+    dmu = dz + dkl mu,   dlogvar = dz sigma eps / 2 + dkl expm1(logvar) / 2,   sigma = exp(logvar / 2)
+
+The noise is drawn again in the backward, never stored. Source: Kingma & Welling 2013, Section 2.3, equation 7.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._jit import kernel, loop
+from ._layout import PIECE, Rows, counts, deliver, destination, rows_of, scalars_of, tiles_of, walkable
+from ._math import HALF, ZERO, exp, expm1
+from ._philox import draw_rows, slots_per_draw
+from ._pieces import add_piece
+from ._pointers import f32_at, f32_scratch, f64_at, i64_at, shifted
+from ._reduce import ColumnSums, row_sums, row_totals
+from ._samples import samples_backward
+from ._threads import run
+from .kl_standard_normal import kl_standard_normal_bwd, kl_term
+
+__all__ = ["reparameterize_kl_bwd", "reparameterize_kl_fwd"]
+
+_NS_PER_ELEMENT = 2.5
+
+
+@loop
+def _fwd_piece(mu: Any, logvar: Any, eps: Any, z: Any, kl: Any, count: int) -> Any:
+    total = ZERO
+    for d in range(count):
+        z[d] = mu[d] + exp(HALF * logvar[d]) * eps[d]
+        kl[d] = kl_term(mu[d], logvar[d])
+        total += kl[d]
+    return total
+
+
+@loop
+def _bwd_piece(dz: Any, dkl: Any, mu: Any, logvar: Any, eps: Any, dmu: Any, dlogvar: Any, count: int) -> None:
+    for d in range(count):
+        dmu[d] = dz[d] + dkl * mu[d]
+        dlogvar[d] = dz[d] * (HALF * exp(HALF * logvar[d]) * eps[d]) + dkl * (HALF * expm1(logvar[d]))
+
+
+@kernel
+def _fwd_kernel(
+    first_tile: int,
+    last_tile: int,
+    mu: Rows,  # float32 [K, B, L]
+    logvar: Rows,
+    z: Rows,
+    kl: int,  # float32 [K * B, tiles across]
+    sums: int,  # float64 [tiles down, L], or 0
+    seed: int,  # int64 [1]
+    K: int,
+    B: int,
+    L: int,
+    across: int,
+    height: int,
+    width: int,
+    example_offset: int,
+    stream: int,
+) -> None:
+    eps, kl_piece = f32_scratch(512), f32_scratch(512)
+    # several rows if a row is short; one row, piece by piece, if it is long
+    rows = slots_per_draw(width)
+    for tile in range(first_tile, last_tile):
+        block, part = tile // across, tile % across
+        bottom, end = min(K * B, (block + 1) * height), min(L, (part + 1) * width)
+        k, b = block * height // B, block * height % B
+        for top in range(block * height, bottom, rows):
+            drawn = min(rows, bottom - top)
+            total = 0.0
+            for d in range(part * width, end, PIECE):
+                count = min(PIECE, end - d)
+                draw_rows(eps, top, drawn, 1, K, B, d, count, i64_at(seed)[0], stream, example_offset, 0, 0)
+                for i in range(drawn):
+                    total += _fwd_piece(
+                        f32_at(mu[0] + k * mu[1] + b * mu[2] + 4 * d),
+                        f32_at(logvar[0] + k * logvar[1] + b * logvar[2] + 4 * d),
+                        shifted(eps, i * ((count + 3) // 4 * 4)),
+                        f32_at(z[0] + k * z[1] + b * z[2] + 4 * d),
+                        kl_piece,
+                        count,
+                    )
+                    if sums != 0:
+                        add_piece(kl_piece, f64_at(sums + 8 * (block * L + d)), count)
+                    if d + count == end:
+                        f32_at(kl)[(top + i) * across + part] = np.float32(total)
+                        total = 0.0
+                        b += 1
+                        if b == B:
+                            k, b = k + 1, 0
+
+
+@kernel
+def _bwd_kernel(
+    first_tile: int,
+    last_tile: int,
+    dz: Rows,  # float32 [K, B, L]
+    dkl: Rows,  # float32 [K, B]
+    mu: Rows,
+    logvar: Rows,
+    dmu: Rows,
+    dlogvar: Rows,
+    seed: int,  # int64 [1]
+    K: int,
+    B: int,
+    L: int,
+    across: int,
+    height: int,
+    width: int,
+    example_offset: int,
+    stream: int,
+) -> None:
+    eps = f32_scratch(512)
+    rows = slots_per_draw(width)
+    for tile in range(first_tile, last_tile):
+        block, part = tile // across, tile % across
+        bottom, end = min(K * B, (block + 1) * height), min(L, (part + 1) * width)
+        k, b = block * height // B, block * height % B
+        for top in range(block * height, bottom, rows):
+            drawn = min(rows, bottom - top)
+            for d in range(part * width, end, PIECE):
+                count = min(PIECE, end - d)
+                draw_rows(eps, top, drawn, 1, K, B, d, count, i64_at(seed)[0], stream, example_offset, 0, 0)
+                for i in range(drawn):
+                    _bwd_piece(
+                        f32_at(dz[0] + k * dz[1] + b * dz[2] + 4 * d),
+                        f32_at(dkl[0] + k * dkl[1] + b * dkl[2])[0],
+                        f32_at(mu[0] + k * mu[1] + b * mu[2] + 4 * d),
+                        f32_at(logvar[0] + k * logvar[1] + b * logvar[2] + 4 * d),
+                        shifted(eps, i * ((count + 3) // 4 * 4)),
+                        f32_at(dmu[0] + k * dmu[1] + b * dmu[2] + 4 * d),
+                        f32_at(dlogvar[0] + k * dlogvar[1] + b * dlogvar[2] + 4 * d),
+                        count,
+                    )
+                    if d + count == end:
+                        b += 1
+                        if b == B:
+                            k, b = k + 1, 0
+
+
+def reparameterize_kl_fwd(
+    mu: Tensor, logvar: Tensor, seed: Tensor, example_offset: int, stream: int, per_dim: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(z `[..., L]`, kl `[...]`, kl of each latent summed over the rows `[L]` or None), float32, one pass."""
+    leading, L = mu.shape[:-1], mu.shape[-1]
+    K, B = counts(leading)
+    tiles = tiles_of(K * B, L)
+    mu, logvar = walkable(mu), walkable(logvar)
+    z, totals = torch.empty(mu.shape), row_totals(K * B, tiles)
+    sums = ColumnSums(tiles, L) if per_dim else None
+    run(
+        _fwd_kernel,
+        tiles,
+        _NS_PER_ELEMENT * K * B * L,
+        rows_of(mu),
+        rows_of(logvar),
+        rows_of(z),
+        totals.data_ptr(),
+        0 if sums is None else sums.address,
+        seed.data_ptr(),
+        K,
+        B,
+        L,
+        tiles.across,
+        tiles.height,
+        tiles.width,
+        example_offset,
+        stream,
+    )
+    return z, row_sums(totals, leading, tiles), None if sums is None else sums.per_column()
+
+
+def reparameterize_kl_bwd(
+    dz: Tensor | None,
+    dkl: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    example_offset: int,
+    stream: int,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(dmu, dlogvar) `[..., L]` for dz `[..., L]` and dkl `[...]`; None for one of them is zero."""
+    if dz is None:
+        dkl = mu.new_zeros(()).expand(mu.shape[:-1]) if dkl is None else dkl
+        return kl_standard_normal_bwd(dkl, mu, logvar, out)
+    if dkl is None:
+        return samples_backward(dz, None, None, logvar, seed, None, False, example_offset, 0, stream, out)
+    leading, L = mu.shape[:-1], mu.shape[-1]
+    K, B = counts(leading)
+    tiles = tiles_of(K * B, L)
+    dz, mu, logvar = walkable(dz), walkable(mu), walkable(logvar)
+    dkl, dkl_rows = scalars_of(dkl)
+    out_mu, out_logvar = out or (None, None)
+    dmu, dlogvar = destination(out_mu, mu.shape), destination(out_logvar, mu.shape)
+    run(
+        _bwd_kernel,
+        tiles,
+        _NS_PER_ELEMENT * K * B * L,
+        rows_of(dz),
+        dkl_rows,
+        rows_of(mu),
+        rows_of(logvar),
+        rows_of(dmu),
+        rows_of(dlogvar),
+        seed.data_ptr(),
+        K,
+        B,
+        L,
+        tiles.across,
+        tiles.height,
+        tiles.width,
+        example_offset,
+        stream,
+    )
+    return deliver(dmu, out_mu), deliver(dlogvar, out_logvar)
