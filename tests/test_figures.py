@@ -74,6 +74,15 @@ def test_curves(tmp_path: Path) -> None:
     assert 5000 / 60 + 100 < high < 200
 
 
+def test_long_curves_are_averaged(tmp_path: Path) -> None:
+    metrics = [row(step, "train", 100.0 + (-1) ** step) for step in range(1, 2001)]
+    figure = figures.curves(metrics, "")
+    saved(figure, tmp_path)
+    steps, values = np.asarray(figure.axes[1].lines[0].get_xydata()).T
+    assert steps.tolist() == [4.5 + 8 * i for i in range(250)]
+    assert values.tolist() == [100.0] * 250
+
+
 @pytest.mark.parametrize(
     "metrics",
     [
