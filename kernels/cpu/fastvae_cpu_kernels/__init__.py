@@ -50,7 +50,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = {"philox_words": "_philox", "gather_batch": "gather"}.get(name, name)
+    module = {"philox_words": "_philox", "gather_batch": "gather", "scale_": "scale"}.get(name, name)
     for suffix in ("_fwd", "_bwd", "_with_grad"):
         module = module.removesuffix(suffix)
     value = getattr(importlib.import_module(f".{module}", __name__), name)
