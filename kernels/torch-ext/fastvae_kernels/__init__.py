@@ -3,16 +3,23 @@
 from ._philox import philox_words
 from ._support import supports
 from .bernoulli_nll import bernoulli_nll_bwd, bernoulli_nll_fwd, bernoulli_nll_with_grad
+from .gather_batch import gather_batch
+from .gaussian_nll import gaussian_nll_bwd, gaussian_nll_fwd, gaussian_nll_with_grad
 from .kl_normal import kl_normal_bwd, kl_normal_fwd
 from .kl_standard_normal import kl_standard_normal_bwd, kl_standard_normal_fwd
 from .reparameterize import reparameterize_bwd, reparameterize_fwd
 from .reparameterize_kl import reparameterize_kl_bwd, reparameterize_kl_fwd
 from .reparameterize_log_ratio import reparameterize_log_ratio_bwd, reparameterize_log_ratio_fwd
+from .scale import scale_
 
 __all__ = [
     "bernoulli_nll_bwd",
     "bernoulli_nll_fwd",
     "bernoulli_nll_with_grad",
+    "gather_batch",
+    "gaussian_nll_bwd",
+    "gaussian_nll_fwd",
+    "gaussian_nll_with_grad",
     "kl_normal_bwd",
     "kl_normal_fwd",
     "kl_standard_normal_bwd",
@@ -24,5 +31,6 @@ __all__ = [
     "reparameterize_kl_fwd",
     "reparameterize_log_ratio_bwd",
     "reparameterize_log_ratio_fwd",
+    "scale_",
     "supports",
 ]

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ._philox import STREAM_BINARIZE, uniform
 
-# 1 / 255 in two floats
-_INV_255_HI = tl.constexpr(0.003921568859368563)
-_INV_255_LO = tl.constexpr(-2.319175823606301e-10)
+# 1 / 255 = 257 / 2^16 + 1 / (255 * 2^16): a byte times the first is exact
+_INV_255_HI = tl.constexpr(257 / 65536)
+_INV_255_LO = tl.constexpr(1 / (255 * 65536))
+_INV_255 = tl.constexpr(1 / 255)
 
 
 def as_bytes(x: Tensor) -> tuple[Tensor, int]:
@@ -32,7 +33,7 @@ def unit_interval(x, LEVELS: tl.constexpr, EXACT: tl.constexpr):
     value = x.to(tl.float32)
     if x.dtype.is_int() and LEVELS == 255:
         # two instructions round all 256 bytes as the division does, one does not
-        value = tl.fma(value, _INV_255_HI, value * _INV_255_LO) if EXACT else value * _INV_255_HI
+        value = value * _INV_255_HI + value * _INV_255_LO if EXACT else value * _INV_255
     return value
 
 

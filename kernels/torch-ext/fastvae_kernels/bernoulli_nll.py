@@ -1,7 +1,7 @@
 """Bernoulli negative log-likelihood: nll = sum_d [softplus(l_d) - x_d l_d], and dnll / dl_d = sigmoid(l_d) - x_d.
 
-logits l `[*leading, D]` float32, bfloat16 or float16; data x of the same shape, float, bool or uint8 (x / 255), as it is
-or binarised from a seed; nll `[*leading]` float32, nats. Source: Kingma & Welling, 2013, Appendix C.1.
+logits l `[*leading, D]` float32, bfloat16 or float16; data x of the same shape, float, bool or uint8 (x / 255), as it
+is or binarised from a seed; nll `[*leading]` float32, nats. Source: Kingma & Welling, 2013, Appendix C.1.
 
     softplus(l) = max(l, 0) + log(1 + e), e = exp(-|l|)
     sum_d log(1 + e_d) = log(1 + q), 1 + q = prod_d (1 + e_d)
@@ -227,7 +227,7 @@ def _bernoulli_nll_kernel(
                 if LOSS:
                     nll += tl.sum(_row_terms(linear, q, TAIL_GROUP), axis=1, keep_dims=True)
         if LOSS:
-            tl.store(nll_ptr + split * num_rows + row, nll, in_rows)
+            tl.store(nll_ptr + split.to(tl.int64) * num_rows + row, nll, in_rows)
 
     if SUMS:
         col = begin * COLS + tl.arange(0, COLS)[None, :]
