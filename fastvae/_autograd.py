@@ -21,14 +21,15 @@ Kernels = (
 Grad = Tensor | None
 
 
-def _reference_grads(op: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Grad]) -> tuple[Grad, ...]:
+def reference_grads(op: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Grad]) -> tuple[Grad, ...]:
     """The vector-Jacobian product of a reference op, differentiable again."""
+    # views, so that one tensor given twice is two inputs
+    inputs = [t.view_as(t) for t in inputs]
     outputs = op(*inputs)
     pairs = [(o, g) for o, g in zip(outputs if isinstance(outputs, tuple) else (outputs,), grads) if g is not None]
     needed = [t for t in inputs if t.requires_grad]
-    found = iter(
-        torch.autograd.grad([o for o, _ in pairs], needed, [g for _, g in pairs], create_graph=True, allow_unused=True)
-    )
+    outputs, upstream = [o for o, _ in pairs], [g for _, g in pairs]
+    found = iter(torch.autograd.grad(outputs, needed, upstream, create_graph=True, allow_unused=True))
     return tuple(next(found) if t.requires_grad else None for t in inputs)
 
 
@@ -56,7 +57,7 @@ class Reparameterize(Function):
                     stream=stream,
                 )
 
-            dmu, dlogvar = _reference_grads(op, (mu, logvar), (dz,))
+            dmu, dlogvar = reference_grads(op, (mu, logvar), (dz,))
         else:
             dmu, dlogvar = ctx.kernels.reparameterize_bwd(dz, logvar, seed, *ctx.where)
         return None, dmu, dlogvar, None, None, None, None, None
@@ -72,7 +73,7 @@ class KLStandardNormal(Function):
     @staticmethod
     def backward(ctx: Any, dkl: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
-            return None, *_reference_grads(reference.kl_standard_normal, ctx.saved_tensors, (dkl,))
+            return None, *reference_grads(reference.kl_standard_normal, ctx.saved_tensors, (dkl,))
         return None, *ctx.kernels.kl_standard_normal_bwd(dkl, *ctx.saved_tensors)
 
 
@@ -86,7 +87,7 @@ class KLNormal(Function):
     @staticmethod
     def backward(ctx: Any, dkl: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
-            return None, *_reference_grads(reference.kl_normal, ctx.saved_tensors, (dkl,))
+            return None, *reference_grads(reference.kl_normal, ctx.saved_tensors, (dkl,))
         return None, *ctx.kernels.kl_normal_bwd(dkl, *ctx.saved_tensors)
 
 
@@ -120,7 +121,7 @@ class ReparameterizeKL(Function):
             def op(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
                 return reference.reparameterize_kl(mu, logvar, seed, example_offset=example_offset, stream=stream)
 
-            dmu, dlogvar = _reference_grads(op, (mu, logvar), (dz, dkl))
+            dmu, dlogvar = reference_grads(op, (mu, logvar), (dz, dkl))
         else:
             dmu, dlogvar = ctx.kernels.reparameterize_kl_bwd(dz, dkl, mu, logvar, seed, example_offset, stream)
         return None, dmu, dlogvar, None, None, None, None
@@ -162,7 +163,7 @@ class ReparameterizeLogRatio(Function):
                     sample_offset=sample_offset,
                 )
 
-            dmu, dlogvar = _reference_grads(op, (mu, logvar), (dz, dlog_ratio))
+            dmu, dlogvar = reference_grads(op, (mu, logvar), (dz, dlog_ratio))
         else:
             dmu, dlogvar = ctx.kernels.reparameterize_log_ratio_bwd(dz, dlog_ratio, mu, logvar, seed, *ctx.where)
         return None, dmu, dlogvar, None, None, None, None, None
@@ -185,7 +186,7 @@ class BernoulliNLL(Function):
             def op(logits: Tensor) -> Tensor:
                 return reference.bernoulli_nll(logits, x, binarize_seed=seed, example_offset=ctx.example_offset)
 
-            (dlogits,) = _reference_grads(op, (logits,), (dnll,))
+            (dlogits,) = reference_grads(op, (logits,), (dnll,))
         else:
             dlogits = ctx.kernels.bernoulli_nll_bwd(dnll, logits, x, seed, ctx.example_offset)
         return None, dlogits, None, None, None
@@ -202,6 +203,6 @@ class GaussianNLL(Function):
     def backward(ctx: Any, dnll: Tensor) -> tuple[Any, ...]:
         mu, logvar, x = ctx.saved_tensors
         if torch.is_grad_enabled():
-            grads = _reference_grads(lambda m, v: reference.gaussian_nll(m, v, x), (mu, logvar), (dnll,))
+            grads = reference_grads(lambda m, v: reference.gaussian_nll(m, v, x), (mu, logvar), (dnll,))
             return None, *grads, None
         return None, *ctx.kernels.gaussian_nll_bwd(dnll, mu, logvar, x), None

@@ -100,6 +100,13 @@ def choose_backend(op: str, *tensors: Tensor | None) -> tuple[Any, str]:
     return package, f"{given[0].device.type} tensors"
 
 
+def _training_kernels(op: str, x: Tensor, *inputs: Tensor) -> Any:
+    """The kernels for a one-pass loss, which makes the gradients of all inputs but the data, if any is wanted."""
+    if x.requires_grad or not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
+        return None
+    return _kernels(op, *inputs, x)
+
+
 def _kernels(op: str, *tensors: Tensor | None) -> Any:
     return choose_backend(op, *tensors)[0]
 
@@ -342,10 +349,10 @@ def bernoulli_nll_loss(
     x = data_like(x, logits)
     seed = None if binarize_seed is None else check_seed(binarize_seed, logits.device)
     row_weight = row_weights(weight, logits.shape[:-1], logits)
-    kernels = None if x.requires_grad else _kernels("bernoulli_nll", logits, x)
+    kernels = _training_kernels("bernoulli_nll", x, logits)
     if kernels is not None:
         return _one_pass.BernoulliLoss.apply(kernels, logits, x, row_weight, seed, example_offset)
-    nll = reference.bernoulli_nll(logits, x, binarize_seed=seed, example_offset=example_offset)
+    nll = bernoulli_nll(logits, x, binarize_seed=seed, example_offset=example_offset)
     return (row_weight * nll).sum(), nll.detach()
 
 
@@ -356,10 +363,10 @@ def gaussian_nll_loss(mu: Tensor, logvar: Tensor, x: Tensor, *, weight: Tensor |
     """
     mu, logvar, x = _gaussian_args(mu, logvar, x)
     row_weight = row_weights(weight, mu.shape[:-1], mu)
-    kernels = None if x.requires_grad else _kernels("gaussian_nll", mu, logvar, x)
+    kernels = _training_kernels("gaussian_nll", x, mu, logvar)
     if kernels is not None:
         return _one_pass.GaussianLoss.apply(kernels, mu, logvar, x, row_weight)
-    nll = reference.gaussian_nll(mu, logvar, x)
+    nll = gaussian_nll(mu, logvar, x)
     return (row_weight * nll).sum(), nll.detach()
 
 
@@ -381,9 +388,9 @@ def linear_bernoulli_nll_loss(
     """
     if h.ndim < 2 or weight.ndim != 2 or h.shape[-1] != weight.shape[1] or bias.shape != weight.shape[:1]:
         raise ValueError(f"expected h [..., H], weight [D, H], bias [D], got {shapes(h=h, weight=weight, bias=bias)}")
-    kernels = None
-    if not torch.is_autocast_enabled(h.device.type):
-        kernels = None if x.requires_grad else _kernels("bernoulli_nll", h, x)
+    # under autocast the layer runs in a type of its own
+    autocast = torch.is_autocast_enabled(h.device.type)
+    kernels = None if autocast else _training_kernels("bernoulli_nll", x, h, weight, bias)
     if kernels is None:
         logits = torch.nn.functional.linear(h, weight, bias)
         return bernoulli_nll_loss(

@@ -23,7 +23,7 @@ X8 = torch.randint(0, 256, (6, 12), dtype=torch.uint8)
 OPS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "reparameterize": lambda m, v: F.reparameterize(m, v, num_samples=3, seed=SEED),
     "kl_standard_normal": F.kl_standard_normal,
-    "kl_normal": lambda m, v: F.kl_normal(m, v, v, m),
+    "kl_normal": lambda m, v: F.kl_normal(m, v, 0.5 * v, m.flip(0)),
     "reparameterize_kl": lambda m, v: F.reparameterize_kl(m, v, seed=SEED),
     "reparameterize_kl_per_dim": lambda m, v: F.reparameterize_kl_per_dim(m, v, seed=SEED)[:2],
     "reparameterize_log_ratio": lambda m, v: F.reparameterize_log_ratio(m, v, num_samples=3, seed=SEED),

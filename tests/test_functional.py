@@ -228,12 +228,32 @@ class TestOnePassLosses:
             first, second = (torch.autograd.grad(5.0 * loss, leaf, retain_graph=True)[0].clone() for _ in range(2))
             torch.testing.assert_close(first, second)
 
-    def test_a_double_backward_is_refused(self) -> None:
-        logits = torch.randn(4, 33, requires_grad=True)
-        loss, _ = F.bernoulli_nll_loss(logits, torch.rand(4, 33))
-        (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
+    def test_double_backward(self) -> None:
+        h, weight, bias = (torch.randn(*s, requires_grad=True) for s in ((4, 9), (33, 9), (33,)))
+        mu, logvar = pair(4, 33)
+        x = torch.rand(4, 33)
+        cases = [
+            (F.bernoulli_nll_loss(mu, x)[0], reference.bernoulli_nll(mu, x).mean(), (mu,)),
+            (F.gaussian_nll_loss(mu, logvar, x)[0], reference.gaussian_nll(mu, logvar, x).mean(), (mu, logvar)),
+            (
+                F.linear_bernoulli_nll_loss(h, weight, bias, x)[0],
+                reference.bernoulli_nll(torch.nn.functional.linear(h, weight, bias), x).mean(),
+                (h, weight, bias),
+            ),
+        ]
+        for loss, expected, leaves in cases:
+            seconds = []
+            for value in (loss, expected):
+                first = torch.autograd.grad(value, leaves, create_graph=True)
+                penalty = sum(grad.square().sum() for grad in first)
+                seconds.append(torch.autograd.grad(penalty, leaves))
+            torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-5)
+
+    def test_without_a_gradient_there_is_no_gradient(self) -> None:
+        logits, x = torch.randn(4, 33), torch.rand(4, 33)
+        loss, nll = F.bernoulli_nll_loss(logits, x)
+        assert not loss.requires_grad
+        torch.testing.assert_close(loss, nll.mean())
 
     def test_a_gradient_for_the_data_comes_from_the_reference(self) -> None:
         logits, x = torch.randn(4, 33), torch.rand(4, 33, requires_grad=True)
