@@ -59,7 +59,8 @@ class Evaluation:
 
     It is not the spread over the examples: how far another test set's mean may lie is another, larger number."""
     effective_sample_size: float | None
-    """Mean over the examples, from 1 (one sample has all the weight: do not trust the estimate) to K (exact q)."""
+    """Mean over the examples, from 1 (one sample has all the weight) to K (q is exact). While it is a few tens, the
+    estimate is a lower bound that still rises with K by more than its standard error says."""
     num_samples: int | None
     """K, importance samples per example."""
 
@@ -68,11 +69,12 @@ class LogLikelihood(NamedTuple):
     """What `log_likelihood` returns, float64 `[B]` each."""
 
     value: Tensor
-    """log 1/K sum_k w_k in nats: on average too low, by about stderr^2 / 2."""
+    """log 1/K sum_k w_k in nats: on average too low, by about stderr^2 / 2 if no few samples dominate."""
     stderr: Tensor
     """Standard error of `value` by the delta method, sd(w) / (sqrt(K) mean(w)); NaN for K = 1, and never above 1."""
     effective_sample_size: Tensor
-    """(sum_k w_k)^2 / sum_k w_k^2, in [1, K]."""
+    """(sum_k w_k)^2 / sum_k w_k^2, in [1, K]. While it is a few tens, the weights that were not drawn matter: the value
+    still rises with K by more than `stderr` says."""
 
 
 @contextlib.contextmanager

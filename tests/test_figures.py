@@ -124,15 +124,16 @@ def test_kl_per_dim_of_a_diverged_model(tmp_path: Path) -> None:
 
 
 def test_samples_are_drawn_pixel_for_pixel(tmp_path: Path) -> None:
-    images = torch.randint(256, (7, 8, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(256, (7, 9, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     pixels = saved(figures.samples(images), tmp_path)
-    # 3 x 3 places for 7 pictures, with a black line of one value between them, every value 20 pixels wide and high
-    grid = np.ones((3 * 9, 3 * 7), np.float32)
+    # 3 x 3 places for 7 pictures, with a black line of one value between them, every value 17 pixels wide and high:
+    # the largest whole number that keeps a picture within 160
+    grid = np.ones((3 * 10, 3 * 7), np.float32)
     for i, image in enumerate(images):
-        top, left = 9 * (i // 3), 7 * (i % 3)
-        grid[top : top + 9, left : left + 7] = 0.0
-        grid[top : top + 8, left : left + 6] = image / 255.0
-    expected = grid[:-1, :-1].repeat(20, 0).repeat(20, 1)
+        top, left = 10 * (i // 3), 7 * (i % 3)
+        grid[top : top + 10, left : left + 7] = 0.0
+        grid[top : top + 9, left : left + 6] = image / 255.0
+    expected = grid[:-1, :-1].repeat(17, 0).repeat(17, 1)
     assert pixels.shape == (*expected.shape, 3)
     # the file has 8 bits
     assert np.abs(pixels - expected[..., None]).max() < 1.5 / 255
