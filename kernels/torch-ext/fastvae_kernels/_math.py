@@ -43,24 +43,28 @@ def _radius(word, PRECISE: tl.constexpr):
 
 @triton.jit
 def _box_muller(radius_word, angle_word, PRECISE: tl.constexpr):
-    """r cos(2 pi v) and r sin(2 pi v) for v = angle_word / 2^32, taken as signed: v in [-1/2, 1/2).
+    """r cos(2 pi v) and r sin(2 pi v) for v = angle_word / 2^32.
 
     By the half angle, s = sqrt(2) sin(pi v) and c = sqrt(2) cos(pi v): cos(2 pi v) = 1 - s^2, sin(2 pi v) = s c. One
-    polynomial each covers the whole circle, without a reduction to quadrants.
+    polynomial each covers the whole circle, v in [-1/2, 1/2), without a reduction to quadrants.
     """
     r = _radius(radius_word, PRECISE)
-    v = angle_word.to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
-    w = v * v
     if PRECISE:
-        s = tl.fma(w, 0.1096869483590126, -0.8460421562194824)
-        s = tl.fma(w, s, 3.6063432693481445)
-        s = tl.fma(w, s, -7.3082451820373535)
+        # a half turn changes the sign of both results: v in [-1/4, 1/4) keeps s^2 below 1, and its rounding error small
+        turned = angle_word << 1
+        sign = (angle_word ^ turned) & 0x80000000
+        r = (r.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+        v = turned.to(tl.int32, bitcast=True).to(tl.float32) * 1.1641532182693481e-10
+        w = v * v
+        s = tl.fma(w, -0.8329890370368958, 3.6059067249298096)
+        s = tl.fma(w, s, -7.308242321014404)
         s = tl.fma(w, s, 4.442883014678955)
-        c = tl.fma(w, 0.31069818139076233, -1.8835630416870117)
-        c = tl.fma(w, c, 5.7394609451293945)
-        c = tl.fma(w, c, -6.978850841522217)
+        c = tl.fma(w, -1.8471531867980957, 5.738282203674316)
+        c = tl.fma(w, c, -6.978844165802002)
         c = tl.fma(w, c, 1.4142135381698608)
     else:
+        v = angle_word.to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
+        w = v * v
         s = tl.fma(w, -0.7896912693977356, 3.597200632095337)
         s = tl.fma(w, s, -7.3077616691589355)
         s = tl.fma(w, s, 4.442878723144531)
@@ -101,24 +105,36 @@ def normal(
 
 
 @triton.jit
-def exp_half(x, PRECISE: tl.constexpr):
-    """exp(x / 2), by exp2 of y = x log2(e) / 2."""
+def exponentials(x, PRECISE: tl.constexpr):
+    """exp(x / 2) and exp(x), by 2^y and 2^(2y) of y = x log2(e) / 2."""
     y = x * 0.7213475108146667
+    root = tl.exp2(y)
     if PRECISE:
         # what the product lost, exact in one fma, matters from |x| = 5 on: a relative error of 3e-7 at x = 11. At
-        # x = +-inf it is NaN, and the maximum, which prefers the other operand, removes it
-        lost = tl.maximum(tl.fma(x, 0.7213475108146667, -y), -1e-4)
-        return tl.exp2(y) * tl.fma(lost, 0.6931471824645996, 1.0)
+        # x = +-inf it would be NaN
+        lost = tl.where(tl.abs(x) < 256.0, tl.fma(x, 0.7213475108146667, -y), 0.0)
+        # the square of the root would double its errors
+        return root * tl.fma(lost, 0.6931471824645996, 1.0), tl.exp2(2.0 * y) * tl.fma(lost, 1.3862943649291992, 1.0)
     else:
-        return tl.exp2(y)
+        return root, root * root
 
 
 @triton.jit
-def expm1_minus(x, exp_half_x):
-    """expm1(x) - x >= 0, given exp(x / 2): a series x^2 p(x) near 0, where the difference cancels."""
+def exp_half(x, PRECISE: tl.constexpr):
+    """exp(x / 2)."""
+    root, _ = exponentials(x, PRECISE)
+    return root
+
+
+@triton.jit
+def expm1_terms(x, exp_x):
+    """(expm1(x), expm1(x) - x >= 0), given exp(x); near 0, where these differences cancel, by a series x^2 p(x)."""
     p = tl.fma(x, 0.0001987562864087522, 0.0013981997035443783)
     p = tl.fma(x, p, 0.008333452045917511)
     p = tl.fma(x, p, 0.04166579619050026)
     p = tl.fma(x, p, 0.1666666567325592)
     p = tl.fma(x, p, 0.5)
-    return tl.where(tl.abs(x) < 0.5, x * x * p, tl.fma(exp_half_x, exp_half_x, -1.0) - x)
+    near = tl.abs(x) < 0.5
+    series = x * x * p
+    expm1_x = tl.where(near, x + series, exp_x - 1.0)
+    return expm1_x, tl.where(near, series, expm1_x - x)

@@ -74,8 +74,8 @@ def column_bands(num_rows: int, num_elements: int) -> Tiles:
 
 @triton.jit
 def row_pointer(ptr, k, b, stride_k, stride_b, W: tl.constexpr):
-    """Pointers `[ROWS, 1]` to the rows (k, b); strides count units of W, so that alignment survives."""
-    return ptr + (k * (stride_k * W) + b * (stride_b * W))
+    """Pointers `[ROWS, 1]` to the rows (k, b), both int64; strides count units of W, so that alignment survives."""
+    return ptr + (k * stride_k + b * stride_b) * W
 
 
 @triton.jit

@@ -18,18 +18,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ._layout import as_rows, device_guard, grid_1d, merge_rows, vector_width
-from ._math import exp_half, expm1_minus
+from ._math import expm1_terms, exponentials
 from ._rows import locate_rows, sum_partials
 from ._tiles import load_tile, row_pointer, single_tiles, store_tile, whole_rows
 
 
 @triton.jit
 def _terms(mu_q, logvar_q, mu_p, logvar_p, PRECISE: tl.constexpr):
-    """(d exp(-logvar_p), d^2 exp(-logvar_p), expm1(r) - r, r)."""
+    """(d exp(-logvar_p), d^2 exp(-logvar_p), expm1(r), expm1(r) - r)."""
     d = mu_q - mu_p
     r = logvar_q - logvar_p
-    scaled = d * exp_half(-2.0 * logvar_p, PRECISE)
-    return scaled, d * scaled, expm1_minus(r, exp_half(r, PRECISE)), r
+    _, precision_p = exponentials(-logvar_p, PRECISE)
+    _, ratio = exponentials(r, PRECISE)
+    scaled = d * precision_p
+    expm1_r, excess = expm1_terms(r, ratio)
+    return scaled, d * scaled, expm1_r, excess
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_examples"])
@@ -79,7 +82,7 @@ def _kl_normal_fwd_kernel(
         logvar_q = load_tile(logvar_q_row, col, logvar_q_stride_l, mask)
         mu_p = load_tile(mu_p_row, col, mu_p_stride_l, mask)
         logvar_p = load_tile(logvar_p_row, col, logvar_p_stride_l, mask)
-        _, squared, excess, _ = _terms(mu_q, logvar_q, mu_p, logvar_p, PRECISE)
+        _, squared, _, excess = _terms(mu_q, logvar_q, mu_p, logvar_p, PRECISE)
         kl += squared + excess
     rows = first_row + tl.arange(0, ROWS)
     tl.store(kl_ptr + split.to(tl.int64) * num_rows + rows, 0.5 * tl.sum(kl, axis=1), rows < num_rows)
@@ -132,9 +135,9 @@ def _kl_normal_bwd_kernel(
     mu_p = load_tile(row_pointer(mu_p_ptr, k, b, mu_p_stride_k, mu_p_stride_b, W), col, mu_p_stride_l, mask)
     logvar_p_row = row_pointer(logvar_p_ptr, k, b, logvar_p_stride_k, logvar_p_stride_b, W)
     logvar_p = load_tile(logvar_p_row, col, logvar_p_stride_l, mask)
-    scaled, squared, excess, r = _terms(mu_q, logvar_q, mu_p, logvar_p, PRECISE)
+    scaled, squared, expm1_r, _ = _terms(mu_q, logvar_q, mu_p, logvar_p, PRECISE)
     dmu = dkl * scaled
-    dlogvar = 0.5 * dkl * (excess + r)
+    dlogvar = 0.5 * dkl * expm1_r
     store_tile(row_pointer(dmu_q_ptr, 0, row, 0, num_elements, W), col, 1, dmu, mask)
     store_tile(row_pointer(dlogvar_q_ptr, 0, row, 0, num_elements, W), col, 1, dlogvar, mask)
     store_tile(row_pointer(dmu_p_ptr, 0, row, 0, num_elements, W), col, 1, -dmu, mask)

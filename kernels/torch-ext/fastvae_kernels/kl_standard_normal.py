@@ -17,21 +17,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ._layout import as_rows, device_guard, grid_1d, merge_rows, vector_width
-from ._math import exp_half, expm1_minus
+from ._math import expm1_terms, exponentials
 from ._rows import locate_rows, sum_partials
 from ._tiles import load_tile, row_pointer, single_tiles, store_tile, whole_rows
 
 
 @triton.jit
-def kl_term(mu, logvar, sigma):
-    """Twice the divergence of one latent, given sigma = exp(logvar / 2)."""
-    return tl.fma(mu, mu, expm1_minus(logvar, sigma))
+def kl_term(mu, logvar, variance):
+    """Twice the divergence of one latent."""
+    _, excess = expm1_terms(logvar, variance)
+    return tl.fma(mu, mu, excess)
 
 
 @triton.jit
-def kl_grads(mu, logvar, sigma):
+def kl_grads(mu, logvar, variance):
     """(d kl / d mu, 2 d kl / d logvar) of one latent."""
-    return mu, expm1_minus(logvar, sigma) + logvar
+    dlogvar, _ = expm1_terms(logvar, variance)
+    return mu, dlogvar
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_examples"])
@@ -69,7 +71,8 @@ def _kl_standard_normal_fwd_kernel(
         mask = (row < num_rows) & (col < num_elements * W)
         mu = load_tile(mu_row, col, mu_stride_l, mask)
         logvar = load_tile(logvar_row, col, logvar_stride_l, mask)
-        kl += kl_term(mu, logvar, exp_half(logvar, PRECISE))
+        _, variance = exponentials(logvar, PRECISE)
+        kl += kl_term(mu, logvar, variance)
     rows = first_row + tl.arange(0, ROWS)
     tl.store(kl_ptr + split.to(tl.int64) * num_rows + rows, 0.5 * tl.sum(kl, axis=1), rows < num_rows)
 
@@ -107,7 +110,8 @@ def _kl_standard_normal_bwd_kernel(
     dkl = tl.load(row_pointer(dkl_ptr, k, b, dkl_stride_k, dkl_stride_b, 1), row < num_rows, other=0.0)
     mu = load_tile(row_pointer(mu_ptr, k, b, mu_stride_k, mu_stride_b, W), col, mu_stride_l, mask)
     logvar = load_tile(row_pointer(logvar_ptr, k, b, logvar_stride_k, logvar_stride_b, W), col, logvar_stride_l, mask)
-    dmu, dlogvar = kl_grads(mu, logvar, exp_half(logvar, PRECISE))
+    _, variance = exponentials(logvar, PRECISE)
+    dmu, dlogvar = kl_grads(mu, logvar, variance)
     store_tile(row_pointer(dmu_ptr, 0, row, 0, num_elements, W), col, 1, dkl * dmu, mask)
     store_tile(row_pointer(dlogvar_ptr, 0, row, 0, num_elements, W), col, 1, 0.5 * dkl * dlogvar, mask)
 

@@ -127,7 +127,7 @@ def _reparameterize_bwd_kernel(
         example = b + (example_offset + k * draw_example)
         sample = s + (sample_offset + k * draw_sample)
         eps = normal(first_col, example, sample, stream, key_lo, key_hi, COLS, W >= 8 and not PRECISE, PRECISE)
-        dz = load_tile(dz_row + tl.cast(k, tl.int64) * (dz_stride_k * W), col, dz_stride_l, mask)
+        dz = load_tile(dz_row + tl.cast(k, tl.int64) * dz_stride_k * W, col, dz_stride_l, mask)
         dmu += dz
         dsigma = tl.fma(dz, eps, dsigma)
     dlogvar = 0.5 * exp_half(logvar, PRECISE) * dsigma

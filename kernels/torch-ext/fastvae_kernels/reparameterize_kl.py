@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._layout import Rows, as_rows, device_guard, grid_1d, vector_width
-from ._math import exp_half, normal
+from ._math import exponentials, normal
 from ._philox import load_key
 from ._rows import locate_rows, sum_partials
 from ._tiles import column_bands, load_tile, row_pointer, single_tiles, store_tile, whole_rows
@@ -76,12 +76,12 @@ def _reparameterize_kl_fwd_kernel(
             mask = in_rows & (col < L)
             mu = load_tile(mu_row, col, mu_stride_l, mask)
             logvar = load_tile(logvar_row, col, logvar_stride_l, mask)
-            sigma = exp_half(logvar, PRECISE)
+            sigma, variance = exponentials(logvar, PRECISE)
             eps = normal(
                 first_col, b + example_offset, k, stream, key_lo, key_hi, COLS, W >= 8 and not PRECISE, PRECISE
             )
             store_tile(z_row, col, 1, tl.fma(sigma, eps, mu), mask)
-            term = kl_term(mu, logvar, sigma)
+            term = kl_term(mu, logvar, variance)
             kl += term
             if kl_per_dim_ptr is not None:
                 per_dim += term
@@ -138,7 +138,7 @@ def _reparameterize_kl_bwd_kernel(
     col = first_col + tl.arange(0, COLS)[None, :]
     mask = (row < num_rows) & (col < num_elements * W)
     logvar = load_tile(row_pointer(logvar_ptr, k, b, logvar_stride_k, logvar_stride_b, W), col, logvar_stride_l, mask)
-    sigma = exp_half(logvar, PRECISE)
+    sigma, variance = exponentials(logvar, PRECISE)
     dmu = tl.zeros((ROWS, COLS), tl.float32)
     dlogvar = tl.zeros((ROWS, COLS), tl.float32)
     if dz_ptr is not None:
@@ -149,7 +149,7 @@ def _reparameterize_kl_bwd_kernel(
     if dkl_ptr is not None:
         dkl = tl.load(row_pointer(dkl_ptr, k, b, dkl_stride_k, dkl_stride_b, 1), row < num_rows, other=0.0)
         mu = load_tile(row_pointer(mu_ptr, k, b, mu_stride_k, mu_stride_b, W), col, mu_stride_l, mask)
-        kl_dmu, kl_dlogvar = kl_grads(mu, logvar, sigma)
+        kl_dmu, kl_dlogvar = kl_grads(mu, logvar, variance)
         dmu = tl.fma(dkl, kl_dmu, dmu)
         dlogvar = tl.fma(dkl, kl_dlogvar, dlogvar)
     store_tile(row_pointer(dmu_ptr, k, b, dmu_stride_k, dmu_stride_b, W), col, dmu_stride_l, dmu, mask)

@@ -152,7 +152,7 @@ def _reparameterize_log_ratio_bwd_kernel(
         noise = sigma * eps
         g = tl.zeros((ROWS, COLS), tl.float32)
         if dz_ptr is not None:
-            dz_row = row_pointer(dz_ptr, s, b, dz_stride_s, dz_stride_b, W) + tl.cast(k, tl.int64) * (dz_stride_k * W)
+            dz_row = row_pointer(dz_ptr, s, b, dz_stride_s, dz_stride_b, W) + tl.cast(k, tl.int64) * dz_stride_k * W
             g = load_tile(dz_row, col, dz_stride_l, mask)
         if dlog_ratio_ptr is not None:
             dlog_ratio_row = row_pointer(dlog_ratio_ptr, s, b, dlog_ratio_stride_s, dlog_ratio_stride_b, 1)
