@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from bench.records import Record
+from bench.rivals import OURS
 
-__all__ = ["markdown", "throughput_tables"]
+__all__ = ["fastest_rival", "kernel_lines", "kernel_tables", "markdown", "revision_table", "throughput_tables", "what"]
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -81,3 +82,68 @@ def _target_row(r: Record) -> list[str]:
         str(r["epochs"]),
         f"{r['negative_elbo']:.2f}",
     ]
+
+
+def kernel_tables(records: Sequence[Record]) -> str:
+    """The records of `bench.kernels`: a table per op, a line per shape and mode, a column of microseconds per provider.
+
+    `rival / ours` is the fastest rival's time by ours; below 1 we lose. GB/s and share of the copy bandwidth are ours.
+    """
+    parts = []
+    times = [r for r in records if r["kind"] == "time"]
+    for op in dict.fromkeys(r["op"] for r in times):
+        own = [r for r in times if r["op"] == op]
+        names = list(dict.fromkeys(r["provider"] for r in own))
+        counted = any(r["launches"] is not None for r in own)
+        head = ["shape, data, mode", *names, "fastest rival", "rival / ours", "GB/s", "of copy"]
+        head += ["MB extra", "launches"] if counted else []
+        lines = [_kernel_row(line, names, counted) for line in kernel_lines(own)]
+        parts.append(f"**{op}** (µs)\n\n{markdown(head, lines)}\n")
+    refused = [r for r in records if r["kind"] == "refused"]
+    parts += [f"No time for {r['provider']} at {r['op']} {r['shape']}: {r['reason']}." for r in refused]
+    return "\n".join(parts)
+
+
+def kernel_lines(times: Iterable[Record]) -> list[dict[str, Record]]:
+    """Records of one op, shape, type and mode together, by provider."""
+    lines: dict[tuple[str, ...], dict[str, Record]] = {}
+    for r in times:
+        lines.setdefault((r["op"], r["shape"], r["dtype"], r["data"], r["mode"]), {})[r["provider"]] = r
+    return list(lines.values())
+
+
+def fastest_rival(line: dict[str, Record]) -> Record | None:
+    """The rival with the least median, where we have a time as well."""
+    rivals = [r for name, r in line.items() if name != OURS]
+    return min(rivals, key=lambda r: r["seconds"][1]) if rivals and OURS in line else None
+
+
+def what(r: Record) -> str:
+    """Shape, types and mode of a record, in words."""
+    kind = r["dtype"] + (f" + {r['data']}" if r["data"] else "")
+    return f"{r['shape']}, {kind}, {r['mode']}"
+
+
+def _kernel_row(line: dict[str, Record], names: Sequence[str], counted: bool) -> list[str]:
+    times = [f"{1e6 * line[name]['seconds'][1]:,.1f}" if name in line else "" for name in names]
+    rival, ours = fastest_rival(line), line.get(OURS)
+    ratio = ["", ""] if rival is None else [rival["provider"], f"{rival['times_ours'][1]:.2f}"]
+    speed = ["", ""]
+    if ours is not None and ours["bytes_per_s"] is not None:
+        speed = [f"{ours['bytes_per_s'] / 1e9:.1f}", f"{ours['of_copy']:.0%}"]
+    counts = [] if not counted else ["", ""]
+    if counted and ours is not None:
+        counts = [f"{ours['peak_extra_bytes'] / 1e6:.1f}", str(ours["launches"])]
+    return [what(next(iter(line.values()))), *times, *ratio, *speed, *counts]
+
+
+def revision_table(records: Sequence[Record]) -> str:
+    """The records of `bench.kernels --base`: above 1 this revision is faster."""
+    head = ["op", "shape, data, mode", "base µs", "here µs", "base / here", "quartiles"]
+    rows = []
+    for r in records:
+        if r["kind"] == "revision":
+            base, here = (f"{1e6 * r[f'{name}_seconds'][1]:,.1f}" for name in ("base", "here"))
+            low, median, high = r["speedup"]
+            rows.append([r["op"], what(r), base, here, f"{median:.2f}", f"{low:.2f} to {high:.2f}"])
+    return markdown(head, rows)

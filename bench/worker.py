@@ -41,6 +41,8 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             env=environment,
+            # python -m looks here before it looks at the path
+            cwd=path[0],
             text=True,
         )
 
