@@ -126,8 +126,12 @@ def log_unit(u: Any) -> Any:
     exponent = np.int32(bits >> np.int32(23))
     f = float_of(np.int32((bits & SIGNIFICAND_BITS) + SQRT_HALF_BITS)) - ONE
     n = np.float32(exponent)
-    cubic = f * (G0 + f * (G1 + f * (G2 + f * (G3 + f * (G4 + f * (G5 + f * (G6 + f * G7)))))))
-    return n * LN2_HIGH + (f + (f * f * (cubic - HALF) + n * LN2_LOW))
+    # in halves: one chain of eight dependent additions would be bound by latency
+    s = f * f
+    low = (G0 + G1 * f) + s * (G2 + G3 * f)
+    high = (G4 + G5 * f) + s * (G6 + G7 * f)
+    cubic = f * (low + (s * s) * high)
+    return n * LN2_HIGH + (f + (s * (cubic - HALF) + n * LN2_LOW))
 
 
 @term

@@ -23,6 +23,7 @@ from ._jit import kernel, loop
 from ._layout import NO_ROWS, PIECE, Rows, counts, deliver, destination, rows_of, scalars_of, tiles_of, walkable
 from ._math import HALF, ZERO, exp
 from ._philox import draw_rows, slots_per_draw
+from ._pieces import store_piece
 from ._pointers import f32_at, f32_scratch, f64_scratch, i64_at, shifted
 from ._reduce import row_sums, row_totals
 from ._threads import run
@@ -88,16 +89,16 @@ def _clear(piece: Any, count: int) -> None:
 
 @loop
 def _flush(piece: Any, totals: Any, count: int) -> None:
+    """Moves what is in float32 into float64."""
     for d in range(count):
         totals[d] += np.float64(piece[d])
         piece[d] = ZERO
 
 
 @loop
-def _store(piece: Any, totals: Any, out: Any, count: int) -> None:
-    """`out` = what is in float32 and what is in float64 already."""
+def _round(totals: Any, piece: Any, count: int) -> None:
     for d in range(count):
-        out[d] = np.float32(totals[d] + np.float64(piece[d]))
+        piece[d] = np.float32(totals[d])
         totals[d] = 0.0
 
 
@@ -122,7 +123,7 @@ def _fwd_kernel(
     stream: int,
     samples_are_examples: int,
 ) -> None:
-    eps, sigma = f32_scratch(512), f32_scratch(512)
+    eps, sigma, z_piece = f32_scratch(512), f32_scratch(512), f32_scratch(512)
     slots = slots_per_draw(width)
     for tile in range(first_tile, last_tile):
         block, part = tile // across, tile % across
@@ -155,13 +156,13 @@ def _fwd_kernel(
                     logvar_piece = f32_at(logvar[0] + k * logvar[1] + b * logvar[2] + 4 * d)
                     eps_piece = shifted(eps, i * ((count + 3) // 4 * 4))
                     z_row = sample * (K * B) + row
-                    z_piece = f32_at(z + 4 * (z_row * L + d))
                     if i == 0 or sample == 0:
                         _sigma_piece(logvar_piece, sigma, count)
                     if ratio == 0:
                         _z_piece(mu_piece, sigma, eps_piece, z_piece, count)
                     else:
                         total += _z_and_ratio_piece(mu_piece, logvar_piece, sigma, eps_piece, z_piece, count)
+                    store_piece(z_piece, f32_at(z + 4 * (z_row * L + d)), count)
                     if d + count == end:
                         if ratio != 0:
                             f32_at(ratio)[z_row * across + part] = np.float32(total)
@@ -199,8 +200,7 @@ def _bwd_kernel(
     mu_sum, logvar_sum = f32_scratch(512), f32_scratch(512)
     mu_total, logvar_total = f64_scratch(512), f64_scratch(512)
     for d in range(PIECE):
-        zeros[d], mu_sum[d], logvar_sum[d] = ZERO, ZERO, ZERO
-        mu_total[d], logvar_total[d] = 0.0, 0.0
+        zeros[d], mu_total[d], logvar_total[d] = ZERO, 0.0, 0.0
     slots = slots_per_draw(width)
     for tile in range(first_tile, last_tile):
         block, part = tile // across, tile % across
@@ -232,6 +232,9 @@ def _bwd_kernel(
                     eps_piece = shifted(eps, i * ((count + 3) // 4 * 4))
                     if i == 0 or sample == 0:
                         _sigma_piece(f32_at(logvar[0] + k * logvar[1] + b * logvar[2] + 4 * d), sigma, count)
+                    if sample == 0:
+                        _clear(mu_sum, count)
+                        _clear(logvar_sum, count)
                     at = sample * K + k
                     dz_piece = zeros if dz[0] == 0 else f32_at(dz[0] + at * dz[1] + b * dz[2] + 4 * d)
                     if dr[0] == 0:
@@ -245,20 +248,16 @@ def _bwd_kernel(
                                 dz_piece, dr_row, mu_piece, sigma, eps_piece, mu_sum, logvar_sum, count
                             )
                     sample += 1
-                    if sample == samples:
-                        _store(mu_sum, mu_total, f32_at(dmu[0] + k * dmu[1] + b * dmu[2] + 4 * d), count)
-                        _store(
-                            logvar_sum,
-                            logvar_total,
-                            f32_at(dlogvar[0] + k * dlogvar[1] + b * dlogvar[2] + 4 * d),
-                            count,
-                        )
-                        _clear(mu_sum, count)
-                        _clear(logvar_sum, count)
-                        row, sample = row + 1, 0
-                    elif sample % FLUSH == 0:
+                    if samples > FLUSH and (sample % FLUSH == 0 or sample == samples):
                         _flush(mu_sum, mu_total, count)
                         _flush(logvar_sum, logvar_total, count)
+                    if sample == samples:
+                        if samples > FLUSH:
+                            _round(mu_total, mu_sum, count)
+                            _round(logvar_total, logvar_sum, count)
+                        store_piece(mu_sum, f32_at(dmu[0] + k * dmu[1] + b * dmu[2] + 4 * d), count)
+                        store_piece(logvar_sum, f32_at(dlogvar[0] + k * dlogvar[1] + b * dlogvar[2] + 4 * d), count)
+                        row, sample = row + 1, 0
 
 
 def draw_samples(

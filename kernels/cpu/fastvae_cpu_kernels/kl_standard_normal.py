@@ -15,7 +15,8 @@ from torch import Tensor
 from ._jit import kernel, loop, term
 from ._layout import PIECE, Rows, counts, deliver, destination, rows_of, scalars_of, tiles_of, walkable
 from ._math import HALF, ZERO, expm1, expm1_minus
-from ._pointers import f32_at
+from ._pieces import store_piece
+from ._pointers import f32_at, f32_scratch
 from ._reduce import row_sums, row_totals
 from ._threads import run
 
@@ -91,20 +92,24 @@ def _kl_bwd_kernel(
     height: int,
     width: int,
 ) -> None:
+    dmu_piece, dlogvar_piece = f32_scratch(512), f32_scratch(512)
     for tile in range(first_tile, last_tile):
         block, part = tile // across, tile % across
         k, b = block * height // B, block * height % B
-        start = part * width
-        count = min(L, start + width) - start
         for _ in range(block * height, min(K * B, (block + 1) * height)):
-            _kl_grad_piece(
-                f32_at(dkl[0] + k * dkl[1] + b * dkl[2])[0],
-                f32_at(mu[0] + k * mu[1] + b * mu[2] + 4 * start),
-                f32_at(logvar[0] + k * logvar[1] + b * logvar[2] + 4 * start),
-                f32_at(dmu[0] + k * dmu[1] + b * dmu[2] + 4 * start),
-                f32_at(dlogvar[0] + k * dlogvar[1] + b * dlogvar[2] + 4 * start),
-                count,
-            )
+            end = min(L, (part + 1) * width)
+            for d in range(part * width, end, PIECE):
+                count = min(PIECE, end - d)
+                _kl_grad_piece(
+                    f32_at(dkl[0] + k * dkl[1] + b * dkl[2])[0],
+                    f32_at(mu[0] + k * mu[1] + b * mu[2] + 4 * d),
+                    f32_at(logvar[0] + k * logvar[1] + b * logvar[2] + 4 * d),
+                    dmu_piece,
+                    dlogvar_piece,
+                    count,
+                )
+                store_piece(dmu_piece, f32_at(dmu[0] + k * dmu[1] + b * dmu[2] + 4 * d), count)
+                store_piece(dlogvar_piece, f32_at(dlogvar[0] + k * dlogvar[1] + b * dlogvar[2] + 4 * d), count)
             b += 1
             if b == B:
                 k, b = k + 1, 0

@@ -17,7 +17,7 @@ from ._jit import kernel, loop
 from ._layout import PIECE, Rows, counts, deliver, destination, rows_of, scalars_of, tiles_of, walkable
 from ._math import HALF, ZERO, exp, expm1
 from ._philox import draw_rows, slots_per_draw
-from ._pieces import add_piece
+from ._pieces import add_piece, store_piece
 from ._pointers import f32_at, f32_scratch, f64_at, i64_at, shifted
 from ._reduce import ColumnSums, row_sums, row_totals
 from ._samples import samples_backward
@@ -65,7 +65,7 @@ def _fwd_kernel(
     example_offset: int,
     stream: int,
 ) -> None:
-    eps, kl_piece = f32_scratch(512), f32_scratch(512)
+    eps, z_piece, kl_piece = f32_scratch(512), f32_scratch(512), f32_scratch(512)
     # several rows if a row is short; one row, piece by piece, if it is long
     rows = slots_per_draw(width)
     for tile in range(first_tile, last_tile):
@@ -83,10 +83,11 @@ def _fwd_kernel(
                         f32_at(mu[0] + k * mu[1] + b * mu[2] + 4 * d),
                         f32_at(logvar[0] + k * logvar[1] + b * logvar[2] + 4 * d),
                         shifted(eps, i * ((count + 3) // 4 * 4)),
-                        f32_at(z[0] + k * z[1] + b * z[2] + 4 * d),
+                        z_piece,
                         kl_piece,
                         count,
                     )
+                    store_piece(z_piece, f32_at(z[0] + k * z[1] + b * z[2] + 4 * d), count)
                     if sums != 0:
                         add_piece(kl_piece, f64_at(sums + 8 * (block * L + d)), count)
                     if d + count == end:
@@ -117,7 +118,7 @@ def _bwd_kernel(
     example_offset: int,
     stream: int,
 ) -> None:
-    eps = f32_scratch(512)
+    eps, dmu_piece, dlogvar_piece = f32_scratch(512), f32_scratch(512), f32_scratch(512)
     rows = slots_per_draw(width)
     for tile in range(first_tile, last_tile):
         block, part = tile // across, tile % across
@@ -135,10 +136,12 @@ def _bwd_kernel(
                         f32_at(mu[0] + k * mu[1] + b * mu[2] + 4 * d),
                         f32_at(logvar[0] + k * logvar[1] + b * logvar[2] + 4 * d),
                         shifted(eps, i * ((count + 3) // 4 * 4)),
-                        f32_at(dmu[0] + k * dmu[1] + b * dmu[2] + 4 * d),
-                        f32_at(dlogvar[0] + k * dlogvar[1] + b * dlogvar[2] + 4 * d),
+                        dmu_piece,
+                        dlogvar_piece,
                         count,
                     )
+                    store_piece(dmu_piece, f32_at(dmu[0] + k * dmu[1] + b * dmu[2] + 4 * d), count)
+                    store_piece(dlogvar_piece, f32_at(dlogvar[0] + k * dlogvar[1] + b * dlogvar[2] + 4 * d), count)
                     if d + count == end:
                         b += 1
                         if b == B:
