@@ -51,7 +51,7 @@ def row_walk(num_rows: int, num_elements: int, itemsize: int) -> Walk:
 
     The end of a row, narrower than `cols`, gets a tile of its own width: 784 = 3 * 256 + 16 wastes no lane.
     """
-    # two 128-bit accesses per thread and tensor, and registers for 28 warps on each multiprocessor
+    # two 128-bit accesses of the predictions per thread
     tile = 4096 // itemsize if num_rows * num_elements >= _PROGRAMS * 2048 else 1024
     rows = min(tile // 256, _floor_power_of_2(max(1, num_rows // _PROGRAMS)))
     cols = max(4, min(tile // rows, _floor_power_of_2(num_elements)))
@@ -66,13 +66,13 @@ def row_walk(num_rows: int, num_elements: int, itemsize: int) -> Walk:
     return Walk(rows, cols, max(4, triton.next_power_of_2(tail)) if tail else 0, groups, 1, splits, chunks, warps=4)
 
 
-def column_walk(num_rows: int, num_elements: int) -> Walk:
+def column_walk(num_rows: int, num_elements: int, itemsize: int) -> Walk:
     """Down the columns; no more groups of rows than keep a GPU busy, since each leaves a row of partial sums."""
     cols = max(4, min(128, triton.next_power_of_2(num_elements)))
     rows = min(2048 // cols, triton.next_power_of_2(num_rows))
     splits, all_tiles = triton.cdiv(num_elements, cols), triton.cdiv(num_rows, rows)
     tiles = triton.cdiv(all_tiles, triton.cdiv(_PROGRAMS // 2, splits))
-    return Walk(rows, cols, 0, triton.cdiv(all_tiles, tiles), tiles, splits, 1, warps=8)
+    return Walk(rows, cols, 0, triton.cdiv(all_tiles, tiles), tiles, splits, 1, warps=2 * itemsize)
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def _sum_partials_kernel(
     blocks = tl.cdiv(width, WIDTH)
     if block < blocks:
         _sum_columns(partial_ptr, out_ptr, block, height, width, HEIGHT, WIDTH)
-    else:
+    elif second_ptr is not None:
         _sum_columns(second_ptr, second_out_ptr, block - blocks, second_height, second_width, HEIGHT, WIDTH)
 
 

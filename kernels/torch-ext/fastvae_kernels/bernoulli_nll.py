@@ -38,27 +38,26 @@ _UNSPECIALISED = [
 
 
 @triton.jit
-def _exp_neg_abs(logits, PRECISE: tl.constexpr):
-    return exp_half(-2.0 * tl.abs(logits), PRECISE)
+def _nll_terms(logits, x, PRECISE: tl.constexpr):
+    """(max(l, 0) - x l, e): what the sum over elements adds, and what the product multiplies."""
+    return tl.maximum(logits, 0.0) - x * logits, exp_half(-2.0 * tl.abs(logits), PRECISE)
 
 
 @triton.jit
-def _nll_step(logits, x, linear, q, PRECISE: tl.constexpr):
-    """Two sums over elements, `linear` of max(l, 0) - x l and the product 1 + q, with one more element each."""
-    e = _exp_neg_abs(logits, PRECISE)
-    return linear + (tl.maximum(logits, 0.0) - x * logits), q + (e + q * e)
-
-
-@triton.jit
-def _grad(logits, x, weight, PRECISE: tl.constexpr):
+def _grad(logits, x, e, weight, PRECISE: tl.constexpr):
     """weight * (sigmoid(l) - x), with sigmoid(l) = 1 / (1 + e) or e / (1 + e)."""
-    e = _exp_neg_abs(logits, PRECISE)
     root = tl.rsqrt(1.0 + e)
     r = root * root
     if PRECISE:
         # one step of Newton's method takes the square of an approximate root to the last digit of float32
         r += r * (1.0 - (1.0 + e) * r)
     return weight * (tl.where(logits > 0.0, 1.0, e) * r - x)
+
+
+@triton.jit
+def _times(q, e):
+    """(1 + q) (1 + e) - 1."""
+    return q + (e + q * e)
 
 
 @triton.jit
@@ -89,14 +88,14 @@ def _pairs(t):
 
 
 @triton.jit
-def _row_terms(linear, q, LOG_GROUP: tl.constexpr):
-    """`linear` + log(1 + q), `[ROWS, COLS / 2^LOG_GROUP]`: neighbours in a thread share a logarithm."""
+def _row_sum(linear, q, LOG_GROUP: tl.constexpr):
+    """The rows' sums `[ROWS, 1]` of `linear` + log(1 + q); 2^LOG_GROUP neighbours share a logarithm."""
     for _ in tl.static_range(LOG_GROUP):
         linear_a, linear_b = _pairs(linear)
         q_a, q_b = _pairs(q)
         linear = linear_a + linear_b
-        q = q_a + (q_b + q_a * q_b)
-    return linear + _log1p(q)
+        q = _times(q_a, q_b)
+    return tl.sum(linear + _log1p(q), axis=1, keep_dims=True)
 
 
 @triton.jit
@@ -105,8 +104,6 @@ def _step(
     x_row,  # pointers [ROWS, 1]
     dlogits_row,  # pointers [ROWS, 1], or None
     weight,  # [ROWS, 1]
-    linear,  # [ROWS, COLS]
-    q,  # [ROWS, COLS]
     first,
     D,
     in_rows,  # [ROWS, 1]
@@ -116,26 +113,24 @@ def _step(
     logits_stride_d,
     x_stride_d,
     dlogits_stride_d,
+    COLS: tl.constexpr,
     LEVELS: tl.constexpr,
     BINARIZE: tl.constexpr,
     MASKED: tl.constexpr,
-    LOSS: tl.constexpr,
 ):
-    """The columns from `first` on: (linear, q) with their elements, and their gradient, which is also stored."""
+    """The columns from `first` on: `_nll_terms`, and the gradient, which is stored."""
     PRECISE: tl.constexpr = logits_row.dtype.element_ty == tl.float32
-    col = (first + tl.arange(0, linear.shape[1])[None, :]).to(tl.int64)
+    col = (first + tl.arange(0, COLS)[None, :]).to(tl.int64)
     mask = in_rows & (col < D) if MASKED else in_rows
     logits = tl.load(logits_row + col * logits_stride_d, mask, other=_PADDING).to(tl.float32)
     x = unit_interval(tl.load(x_row + col * x_stride_d, mask, other=0), LEVELS, PRECISE or BINARIZE)
     if BINARIZE:
         x = binarize(x, example, first, key_lo, key_hi)
-    dlogits = q
+    linear, e = _nll_terms(logits, x, PRECISE)
+    dlogits = _grad(logits, x, e, weight, PRECISE)
     if dlogits_row is not None:
-        dlogits = _grad(logits, x, weight, PRECISE)
         tl.store(dlogits_row + col * dlogits_stride_d, dlogits.to(dlogits_row.dtype.element_ty), mask)
-    if LOSS:
-        linear, q = _nll_step(logits, x, linear, q, PRECISE)
-    return linear, q, dlogits
+    return linear, e, dlogits
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -174,7 +169,6 @@ def _bernoulli_nll_kernel(
 ):
     """See `_rows` for the walk. `num_elements` and the strides k and b of all but the weight count units of WIDTH."""
     BINARIZE: tl.constexpr = seed_ptr is not None
-    LOSS: tl.constexpr = nll_ptr is not None
     SUMS: tl.constexpr = column_sum_ptr is not None
     # as many neighbours as one 128-bit access of the logits brings
     LOG_GROUP: tl.constexpr = 2 if logits_ptr.dtype.element_ty == tl.float32 or COLS < 8 else 3
@@ -183,7 +177,7 @@ def _bernoulli_nll_kernel(
     D = num_elements * WIDTH
     group = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
-    whole = tl.cdiv(D, COLS) if SUMS else D // COLS
+    whole = D // COLS
     begin = split * chunks
     end = tl.minimum(begin + chunks, whole)
     key_lo = 0
@@ -203,34 +197,38 @@ def _bernoulli_nll_kernel(
         if dlogits_ptr is not None:
             dlogits_row = dlogits_ptr + (k * (dlogits_stride_k * WIDTH) + b * (dlogits_stride_b * WIDTH))
             weight = tl.load(weight_ptr + (k * weight_stride_k + b * weight_stride_b), in_rows, other=0.0)
-        nll = tl.zeros((ROWS, 1), tl.float32)
-        for block in range(begin, end, BLOCK):
-            linear = tl.zeros((ROWS, COLS), tl.float32)
-            q = tl.zeros((ROWS, COLS), tl.float32)
-            for chunk in range(block, tl.minimum(block + BLOCK, end)):
-                linear, q, dlogits = _step(
-                    logits_row, x_row, dlogits_row, weight, linear, q, chunk * COLS, D, in_rows, example,
-                    key_lo, key_hi, logits_stride_d, x_stride_d, dlogits_stride_d, LEVELS, BINARIZE, SUMS, LOSS,
-                )  # fmt: skip
-                if SUMS:
-                    column_sum += dlogits
-            if LOSS:
-                nll += tl.sum(_row_terms(linear, q, LOG_GROUP), axis=1, keep_dims=True)
-        if TAIL:  # noqa: SIM102  # known at compile time, the next one is not
-            if split == splits - 1:
-                linear = tl.zeros((ROWS, TAIL), tl.float32)
-                q = tl.zeros((ROWS, TAIL), tl.float32)
-                linear, q, dlogits = _step(
-                    logits_row, x_row, dlogits_row, weight, linear, q, whole * COLS, D, in_rows, example,
-                    key_lo, key_hi, logits_stride_d, x_stride_d, dlogits_stride_d, LEVELS, BINARIZE, True, LOSS,
-                )  # fmt: skip
-                if LOSS:
-                    nll += tl.sum(_row_terms(linear, q, TAIL_GROUP), axis=1, keep_dims=True)
-        if LOSS:
+        if SUMS:
+            linear, e, dlogits = _step(
+                logits_row, x_row, dlogits_row, weight, split * COLS, D, in_rows, example, key_lo, key_hi,
+                logits_stride_d, x_stride_d, dlogits_stride_d, COLS, LEVELS, BINARIZE, True,
+            )  # fmt: skip
+            column_sum += dlogits
+            nll = _row_sum(linear, e, LOG_GROUP)
+        else:
+            nll = tl.zeros((ROWS, 1), tl.float32)
+            for block in range(begin, end, BLOCK):
+                linear = tl.zeros((ROWS, COLS), tl.float32)
+                q = tl.zeros((ROWS, COLS), tl.float32)
+                for chunk in range(block, tl.minimum(block + BLOCK, end)):
+                    terms, e, dlogits = _step(
+                        logits_row, x_row, dlogits_row, weight, chunk * COLS, D, in_rows, example, key_lo, key_hi,
+                        logits_stride_d, x_stride_d, dlogits_stride_d, COLS, LEVELS, BINARIZE, False,
+                    )  # fmt: skip
+                    linear += terms
+                    q = _times(q, e)
+                nll += _row_sum(linear, q, LOG_GROUP)
+            if TAIL:  # noqa: SIM102  # known at compile time, the next one is not
+                if split == splits - 1:
+                    terms, e, dlogits = _step(
+                        logits_row, x_row, dlogits_row, weight, whole * COLS, D, in_rows, example, key_lo, key_hi,
+                        logits_stride_d, x_stride_d, dlogits_stride_d, TAIL, LEVELS, BINARIZE, True,
+                    )  # fmt: skip
+                    nll += _row_sum(terms, e, TAIL_GROUP)
+        if nll_ptr is not None:
             tl.store(nll_ptr + split.to(tl.int64) * num_rows + row, nll, in_rows)
 
     if SUMS:
-        col = begin * COLS + tl.arange(0, COLS)[None, :]
+        col = split * COLS + tl.arange(0, COLS)[None, :]
         tl.store(column_sum_ptr + group * D + col, tl.sum(column_sum, axis=0, keep_dims=True), col < D)
 
 
@@ -258,7 +256,7 @@ def _launch(
         K, B = math.prod(leading[:-1]), leading[-1] if leading else 1
     # the generator needs registers: fewer elements per thread then
     itemsize = 4 if binarize_seed is not None else logits.element_size()
-    walk = column_walk(K * B, D) if column_sums else row_walk(K * B, D, itemsize)
+    walk = (column_walk if column_sums else row_walk)(K * B, D, itemsize)
     nll = logits.new_empty((walk.splits, *leading), dtype=torch.float32) if loss else None
     column_sum = logits.new_empty((walk.groups, D), dtype=torch.float32) if column_sums else None
     logits_rows, x_rows, dlogits_rows, weight_rows = rows

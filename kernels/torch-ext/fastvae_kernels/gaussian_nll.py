@@ -23,7 +23,6 @@ from ._math import exp_half
 from ._rows import column_walk, locate_rows, row_walk, sum_partials
 
 _LOG_2_PI = tl.constexpr(1.8378770664093453)
-_FULL, _PER_FEATURE, _SCALAR = (tl.constexpr(i) for i in range(3))
 
 _UNSPECIALISED = [
     *("num_rows", "num_examples", "num_elements", "tiles", "splits", "chunks"),
@@ -44,12 +43,11 @@ def _terms(mu, logvar, x, PRECISE: tl.constexpr):
 @triton.jit
 def _step(
     mu_row,  # pointers [ROWS, 1]
-    logvar_row,  # pointers [ROWS, 1], or one pointer if shared by the rows
+    logvar_row,  # pointers [ROWS, 1]
     x_row,  # pointers [ROWS, 1]
     dmu_row,  # pointers [ROWS, 1], or None
     dlogvar_row,  # pointers [ROWS, 1], or None
     weight,  # [ROWS, 1]
-    nll,  # [ROWS, COLS]
     first,
     D,
     in_rows,  # [ROWS, 1]
@@ -58,23 +56,18 @@ def _step(
     x_stride_d,
     dmu_stride_d,
     dlogvar_stride_d,
+    COLS: tl.constexpr,
     LEVELS: tl.constexpr,
-    LOGVAR: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The columns from `first` on: twice their nll, but for constants, added to `nll`; (dmu, dlogvar), also stored."""
+    """The columns from `first` on: twice their nll, without the constant, dmu and dlogvar, also stored."""
     PRECISE: tl.constexpr = mu_row.dtype.element_ty == tl.float32
-    col = (first + tl.arange(0, nll.shape[1])[None, :]).to(tl.int64)
+    col = (first + tl.arange(0, COLS)[None, :]).to(tl.int64)
     mask = in_rows & (col < D) if MASKED else in_rows
     # the padding, a mean of 0 with x = 0 and logvar = 0, adds 0
     mu = tl.load(mu_row + col * mu_stride_d, mask, other=0.0).to(tl.float32)
     x = unit_interval(tl.load(x_row + col * x_stride_d, mask, other=0), LEVELS, PRECISE)
-    if LOGVAR == _FULL:
-        logvar = tl.load(logvar_row + col * logvar_stride_d, mask, other=0.0).to(tl.float32)
-    elif LOGVAR == _PER_FEATURE:
-        logvar = tl.load(logvar_row + col * logvar_stride_d, col < D, other=0.0).to(tl.float32)
-    else:
-        logvar = tl.load(logvar_row).to(tl.float32)
+    logvar = tl.load(logvar_row + col * logvar_stride_d, mask, other=0.0).to(tl.float32)
     scaled, s = _terms(mu, logvar, x, PRECISE)
     dmu = -weight * scaled
     dlogvar = 0.5 * weight * (1.0 - s)
@@ -82,20 +75,19 @@ def _step(
         tl.store(dmu_row + col * dmu_stride_d, dmu.to(dmu_row.dtype.element_ty), mask)
     if dlogvar_row is not None:
         tl.store(dlogvar_row + col * dlogvar_stride_d, dlogvar.to(dlogvar_row.dtype.element_ty), mask)
-    # a scalar logvar is added with the constant
-    return nll + (s if LOGVAR == _SCALAR else logvar + s), dmu, dlogvar
+    return logvar + s, dmu, dlogvar
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def _gaussian_nll_kernel(
     mu_ptr,  # [K, B, D]
-    logvar_ptr,  # [K, B, D], [D] or []
+    logvar_ptr,  # [K, B, D]; strides of 0 where it is shared
     x_ptr,  # [K, B, D]
     weight_ptr,  # [K, B], or None without gradients
     nll_ptr,  # [splits, K * B], or None without the loss
     dmu_ptr,  # [K, B, D], or None without gradients
     dlogvar_ptr,  # [K, B, D], or None without its gradient or if it is shared
-    sum_ptr,  # dmu and dlogvar [groups, 2, D], or shared dlogvar [groups, D] or [groups, splits]; or None
+    sum_ptr,  # dmu and dlogvar [groups, 2, D]; dlogvar alone, SHARED: 1 [groups, D], 2 [groups, splits]; or None
     num_rows,
     num_examples,
     num_elements,
@@ -121,7 +113,7 @@ def _gaussian_nll_kernel(
     chunks,
     WIDTH: tl.constexpr,
     LEVELS: tl.constexpr,
-    LOGVAR: tl.constexpr,
+    SHARED: tl.constexpr,
     SAMPLES: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -132,23 +124,17 @@ def _gaussian_nll_kernel(
     D = num_elements * WIDTH
     group = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
-    whole = tl.cdiv(D, COLS) if SUMS else D // COLS
+    whole = D // COLS
     begin = split * chunks
-    end = tl.minimum(begin + chunks, whole)
     dmu_sum = tl.zeros((ROWS, COLS), tl.float32)
     dlogvar_sum = tl.zeros((ROWS, COLS), tl.float32)
-    constant = _LOG_2_PI
-    if LOGVAR == _SCALAR:
-        constant += tl.load(logvar_ptr).to(tl.float32)
 
     for tile in range(group * tiles, tl.minimum((group + 1) * tiles, tl.cdiv(num_rows, ROWS))):
         row, k, b = locate_rows(tile * ROWS, num_examples, ROWS, SAMPLES)
         in_rows = row < num_rows
         mu_row = mu_ptr + (k * (mu_stride_k * WIDTH) + b * (mu_stride_b * WIDTH))
+        logvar_row = logvar_ptr + (k * (logvar_stride_k * WIDTH) + b * (logvar_stride_b * WIDTH))
         x_row = x_ptr + (k * (x_stride_k * WIDTH) + b * (x_stride_b * WIDTH))
-        logvar_row = logvar_ptr
-        if LOGVAR == _FULL:
-            logvar_row += k * (logvar_stride_k * WIDTH) + b * (logvar_stride_b * WIDTH)
         dmu_row = None
         dlogvar_row = None
         weight = 0.0
@@ -157,34 +143,40 @@ def _gaussian_nll_kernel(
             dmu_row = dmu_ptr + (k * (dmu_stride_k * WIDTH) + b * (dmu_stride_b * WIDTH))
         if dlogvar_ptr is not None:
             dlogvar_row = dlogvar_ptr + (k * (dlogvar_stride_k * WIDTH) + b * (dlogvar_stride_b * WIDTH))
-        terms = tl.zeros((ROWS, COLS), tl.float32)
-        for chunk in range(begin, end):
+        if SUMS:
             terms, dmu, dlogvar = _step(
-                mu_row, logvar_row, x_row, dmu_row, dlogvar_row, weight, terms, chunk * COLS, D, in_rows, mu_stride_d,
-                logvar_stride_d, x_stride_d, dmu_stride_d, dlogvar_stride_d, LEVELS, LOGVAR, SUMS,
+                mu_row, logvar_row, x_row, dmu_row, dlogvar_row, weight, split * COLS, D, in_rows, mu_stride_d,
+                logvar_stride_d, x_stride_d, dmu_stride_d, dlogvar_stride_d, COLS, LEVELS, True,
             )  # fmt: skip
-            if SUMS:
-                dmu_sum += dmu
-                dlogvar_sum += dlogvar
-        nll = tl.sum(terms, axis=1, keep_dims=True)
-        if TAIL:  # noqa: SIM102  # known at compile time, the next one is not
-            if split == splits - 1:
-                terms = tl.zeros((ROWS, TAIL), tl.float32)
+            dmu_sum += dmu
+            dlogvar_sum += dlogvar
+            nll = tl.sum(terms, axis=1, keep_dims=True)
+        else:
+            total = tl.zeros((ROWS, COLS), tl.float32)
+            for chunk in range(begin, tl.minimum(begin + chunks, whole)):
                 terms, dmu, dlogvar = _step(
-                    mu_row, logvar_row, x_row, dmu_row, dlogvar_row, weight, terms, whole * COLS, D, in_rows,
-                    mu_stride_d, logvar_stride_d, x_stride_d, dmu_stride_d, dlogvar_stride_d, LEVELS, LOGVAR, True,
+                    mu_row, logvar_row, x_row, dmu_row, dlogvar_row, weight, chunk * COLS, D, in_rows, mu_stride_d,
+                    logvar_stride_d, x_stride_d, dmu_stride_d, dlogvar_stride_d, COLS, LEVELS, False,
                 )  # fmt: skip
-                nll += tl.sum(terms, axis=1, keep_dims=True)
+                total += terms
+            nll = tl.sum(total, axis=1, keep_dims=True)
+            if TAIL:  # noqa: SIM102  # known at compile time, the next one is not
+                if split == splits - 1:
+                    tail, dmu, dlogvar = _step(
+                        mu_row, logvar_row, x_row, dmu_row, dlogvar_row, weight, whole * COLS, D, in_rows, mu_stride_d,
+                        logvar_stride_d, x_stride_d, dmu_stride_d, dlogvar_stride_d, TAIL, LEVELS, True,
+                    )  # fmt: skip
+                    nll += tl.sum(tail, axis=1, keep_dims=True)
         if nll_ptr is not None:
-            nll += tl.where(split == 0, constant * D, 0.0)
+            nll += tl.where(split == 0, _LOG_2_PI * D, 0.0)
             tl.store(nll_ptr + split.to(tl.int64) * num_rows + row, 0.5 * nll, in_rows)
 
     if SUMS:
-        col = begin * COLS + tl.arange(0, COLS)[None, :]
+        col = split * COLS + tl.arange(0, COLS)[None, :]
         dlogvar_sum = tl.sum(dlogvar_sum, axis=0, keep_dims=True)
-        if LOGVAR == _SCALAR:
+        if SHARED == 2:
             tl.store(sum_ptr + tl.program_id(0), tl.sum(tl.where(col < D, dlogvar_sum, 0.0)))
-        elif LOGVAR == _PER_FEATURE:
+        elif SHARED == 1:
             tl.store(sum_ptr + group * D + col, dlogvar_sum, col < D)
         else:
             tl.store(sum_ptr + group * 2 * D + col, tl.sum(dmu_sum, axis=0, keep_dims=True), col < D)
@@ -208,23 +200,21 @@ def _launch(
     """
     *leading, D = mu.shape
     x, levels = as_bytes(x)
-    full = logvar.shape == mu.shape
+    shared = 0 if logvar.shape == mu.shape else 2 - logvar.ndim
     mu_rows = as_rows(mu)
+    rows = [mu_rows, as_rows(logvar.expand(mu.shape)), as_rows(x)]
     # what is absent gets the strides of mu, which are not used
-    rows = [mu_rows, as_rows(x)]
-    rows += [mu_rows if t is None else as_rows(t) for t in (logvar if full else None, dmu, dlogvar)]
+    rows += [mu_rows if t is None else as_rows(t) for t in (dmu, dlogvar)]
     assert dmu is None or rows[3].tensor is dmu, "three strides must be able to walk the output"
     assert dlogvar is None or rows[4].tensor is dlogvar, "three strides must be able to walk the output"
     width = vector_width(D, *rows)
     rows.append(Rows(mu, 0, 0, 0) if weight is None else as_rows(weight, event=False))
-    K, B, (mu_rows, x_rows, logvar_rows, dmu_rows, dlogvar_rows, weight_rows) = merge_rows(mu.shape, *rows)
-    if not full:
-        logvar_rows = Rows(logvar, 0, 0, logvar.stride(0) if logvar.ndim else 0)
-    walk = column_walk(K * B, D) if sums else row_walk(K * B, D, mu.element_size())
+    K, B, (mu_rows, logvar_rows, x_rows, dmu_rows, dlogvar_rows, weight_rows) = merge_rows(mu.shape, *rows)
+    walk = (column_walk if sums else row_walk)(K * B, D, mu.element_size())
     nll = mu.new_empty((walk.splits, *leading), dtype=torch.float32) if loss else None
     partial = None
     if sums:
-        shape = (walk.groups, 2, D) if full else (walk.groups, D) if logvar.ndim else (walk.groups * walk.splits,)
+        shape = ((walk.groups, 2, D), (walk.groups, D), (walk.groups * walk.splits,))[shared]
         partial = mu.new_empty(shape, dtype=torch.float32)
     with device_guard(mu):
         _gaussian_nll_kernel[grid_1d(walk.groups, walk.splits)](
@@ -251,7 +241,7 @@ def _launch(
             walk.chunks,
             WIDTH=width,
             LEVELS=levels,
-            LOGVAR=_FULL if full else _PER_FEATURE if logvar.ndim else _SCALAR,
+            SHARED=shared,
             SAMPLES=K > 1,
             ROWS=walk.rows,
             COLS=walk.cols,
