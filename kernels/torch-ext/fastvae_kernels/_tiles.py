@@ -16,7 +16,7 @@ import triton.language as tl
 
 _TILE = 2048  # elements: 16 for each of the 128 threads of a program
 _SMALL_TILE = 1024
-_FULL = 512 * _TILE  # elements that keep about four programs on each multiprocessor of the largest GPUs
+_FULL = 128 * _TILE  # elements that keep about one program on each multiprocessor of the largest GPUs
 _PROGRAMS = 512
 _BAND = 128  # columns of a tile that sums down its columns: whole 512-byte stretches of a row
 
@@ -70,6 +70,13 @@ def column_bands(num_rows: int, num_elements: int) -> Tiles:
     groups = max(1, min(triton.cdiv(num_rows, 128), triton.cdiv(2 * _PROGRAMS, splits)))
     tiles = triton.cdiv(row_tiles, groups)
     return Tiles(rows, cols, triton.cdiv(row_tiles, tiles), tiles, splits, 1)
+
+
+@triton.jit
+def split_program(program, splits):
+    """(group, split) of `program` = group * splits + split; unsigned, which halves the cost of the division."""
+    group = tl.cast(program, tl.uint32) // tl.cast(splits, tl.uint32)
+    return group.to(tl.int32), (tl.cast(program, tl.uint32) - group * tl.cast(splits, tl.uint32)).to(tl.int32)
 
 
 @triton.jit

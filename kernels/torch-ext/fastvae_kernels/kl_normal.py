@@ -20,7 +20,7 @@ from torch import Tensor
 from ._layout import as_rows, device_guard, grid_1d, merge_rows, vector_width
 from ._math import expm1_terms, exponentials
 from ._rows import locate_rows, sum_partials
-from ._tiles import load_tile, row_pointer, single_tiles, store_tile, whole_rows
+from ._tiles import load_tile, row_pointer, single_tiles, split_program, store_tile, whole_rows
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _terms(mu_q, logvar_q, mu_p, logvar_p, PRECISE: tl.constexpr):
     _, precision_p = exponentials(-logvar_p, PRECISE)
     _, ratio = exponentials(r, PRECISE)
     scaled = d * precision_p
-    expm1_r, excess = expm1_terms(r, ratio)
+    expm1_r, excess = expm1_terms(r, ratio, PRECISE)
     return scaled, d * scaled, expm1_r, excess
 
 
@@ -66,8 +66,7 @@ def _kl_normal_fwd_kernel(
 ):
     """`num_elements` and the strides k and b count units of W."""
     PRECISE: tl.constexpr = mu_q_ptr.dtype.element_ty == tl.float32
-    group = tl.program_id(0) // splits
-    split = tl.program_id(0) - group * splits
+    group, split = split_program(tl.program_id(0), splits)
     first_row = group.to(tl.int64) * ROWS
     row, k, b = locate_rows(first_row, num_examples, ROWS, SAMPLES)
     mu_q_row = row_pointer(mu_q_ptr, k, b, mu_q_stride_k, mu_q_stride_b, W)
@@ -124,9 +123,9 @@ def _kl_normal_bwd_kernel(
 ):
     """`num_elements` and the strides k and b, but those of dkl, count units of W."""
     PRECISE: tl.constexpr = mu_q_ptr.dtype.element_ty == tl.float32
-    group = tl.program_id(0) // splits
+    group, split = split_program(tl.program_id(0), splits)
     row, k, b = locate_rows(group.to(tl.int64) * ROWS, num_examples, ROWS, SAMPLES)
-    col = (tl.program_id(0) - group * splits) * COLS + tl.arange(0, COLS)[None, :]
+    col = split * COLS + tl.arange(0, COLS)[None, :]
     mask = (row < num_rows) & (col < num_elements * W)
     dkl = tl.load(row_pointer(dkl_ptr, k, b, dkl_stride_k, dkl_stride_b, 1), row < num_rows, other=0.0)
     mu_q = load_tile(row_pointer(mu_q_ptr, k, b, mu_q_stride_k, mu_q_stride_b, W), col, mu_q_stride_l, mask)

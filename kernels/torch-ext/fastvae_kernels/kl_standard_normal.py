@@ -19,20 +19,20 @@ from torch import Tensor
 from ._layout import as_rows, device_guard, grid_1d, merge_rows, vector_width
 from ._math import expm1_terms, exponentials
 from ._rows import locate_rows, sum_partials
-from ._tiles import load_tile, row_pointer, single_tiles, store_tile, whole_rows
+from ._tiles import load_tile, row_pointer, single_tiles, split_program, store_tile, whole_rows
 
 
 @triton.jit
-def kl_term(mu, logvar, variance):
+def kl_term(mu, logvar, variance, PRECISE: tl.constexpr):
     """Twice the divergence of one latent."""
-    _, excess = expm1_terms(logvar, variance)
+    _, excess = expm1_terms(logvar, variance, PRECISE)
     return tl.fma(mu, mu, excess)
 
 
 @triton.jit
-def kl_grads(mu, logvar, variance):
+def kl_grads(mu, logvar, variance, PRECISE: tl.constexpr):
     """(d kl / d mu, 2 d kl / d logvar) of one latent."""
-    dlogvar, _ = expm1_terms(logvar, variance)
+    dlogvar, _ = expm1_terms(logvar, variance, PRECISE)
     return mu, dlogvar
 
 
@@ -59,8 +59,7 @@ def _kl_standard_normal_fwd_kernel(
 ):
     """`num_elements` and the strides k and b count units of W."""
     PRECISE: tl.constexpr = mu_ptr.dtype.element_ty == tl.float32
-    group = tl.program_id(0) // splits
-    split = tl.program_id(0) - group * splits
+    group, split = split_program(tl.program_id(0), splits)
     first_row = group.to(tl.int64) * ROWS
     row, k, b = locate_rows(first_row, num_examples, ROWS, SAMPLES)
     mu_row = row_pointer(mu_ptr, k, b, mu_stride_k, mu_stride_b, W)
@@ -72,7 +71,7 @@ def _kl_standard_normal_fwd_kernel(
         mu = load_tile(mu_row, col, mu_stride_l, mask)
         logvar = load_tile(logvar_row, col, logvar_stride_l, mask)
         _, variance = exponentials(logvar, PRECISE)
-        kl += kl_term(mu, logvar, variance)
+        kl += kl_term(mu, logvar, variance, PRECISE)
     rows = first_row + tl.arange(0, ROWS)
     tl.store(kl_ptr + split.to(tl.int64) * num_rows + rows, 0.5 * tl.sum(kl, axis=1), rows < num_rows)
 
@@ -103,15 +102,15 @@ def _kl_standard_normal_bwd_kernel(
 ):
     """`num_elements` and the strides k and b, but those of dkl, count units of W."""
     PRECISE: tl.constexpr = mu_ptr.dtype.element_ty == tl.float32
-    group = tl.program_id(0) // splits
+    group, split = split_program(tl.program_id(0), splits)
     row, k, b = locate_rows(group.to(tl.int64) * ROWS, num_examples, ROWS, SAMPLES)
-    col = (tl.program_id(0) - group * splits) * COLS + tl.arange(0, COLS)[None, :]
+    col = split * COLS + tl.arange(0, COLS)[None, :]
     mask = (row < num_rows) & (col < num_elements * W)
     dkl = tl.load(row_pointer(dkl_ptr, k, b, dkl_stride_k, dkl_stride_b, 1), row < num_rows, other=0.0)
     mu = load_tile(row_pointer(mu_ptr, k, b, mu_stride_k, mu_stride_b, W), col, mu_stride_l, mask)
     logvar = load_tile(row_pointer(logvar_ptr, k, b, logvar_stride_k, logvar_stride_b, W), col, logvar_stride_l, mask)
     _, variance = exponentials(logvar, PRECISE)
-    dmu, dlogvar = kl_grads(mu, logvar, variance)
+    dmu, dlogvar = kl_grads(mu, logvar, variance, PRECISE)
     store_tile(row_pointer(dmu_ptr, 0, row, 0, num_elements, W), col, 1, dkl * dmu, mask)
     store_tile(row_pointer(dlogvar_ptr, 0, row, 0, num_elements, W), col, 1, 0.5 * dkl * dlogvar, mask)
 

@@ -23,7 +23,7 @@ from ._layout import Rows, as_rows, device_guard, grid_1d, vector_width
 from ._math import exp_half, normal
 from ._philox import load_key
 from ._rows import locate_rows, sum_partials
-from ._tiles import draw_chunks, load_tile, row_pointer, single_tiles, store_tile
+from ._tiles import draw_chunks, load_tile, row_pointer, single_tiles, split_program, store_tile
 
 _UNSPECIALISED = ["num_rows", "num_examples", "num_draws", "draws", "example_offset", "sample_offset", "stream"]
 
@@ -59,10 +59,9 @@ def _reparameterize_fwd_kernel(
 ):
     """`num_elements` and the strides s and b count units of W. See `Draws` for the counters of draw k."""
     PRECISE: tl.constexpr = z_ptr.dtype.element_ty == tl.float32
-    chunk = tl.program_id(0) % chunks
-    tile = tl.program_id(0) // chunks
-    group = tile // splits
-    first_col = (tile - group * splits) * COLS
+    tile, chunk = split_program(tl.program_id(0), chunks)
+    group, split = split_program(tile, splits)
+    first_col = split * COLS
     row, s, b = locate_rows(group.to(tl.int64) * ROWS, num_examples, ROWS, SAMPLES)
     col = first_col + tl.arange(0, COLS)[None, :]
     mask = (row < num_rows) & (col < num_elements * W)
@@ -111,10 +110,9 @@ def _reparameterize_bwd_kernel(
 ):
     """`num_elements` and the strides k, s and b count units of W. See `Draws` for the counters of draw k."""
     PRECISE: tl.constexpr = logvar_ptr.dtype.element_ty == tl.float32
-    chunk = tl.program_id(0) % chunks
-    tile = tl.program_id(0) // chunks
-    group = tile // splits
-    first_col = (tile - group * splits) * COLS
+    tile, chunk = split_program(tl.program_id(0), chunks)
+    group, split = split_program(tile, splits)
+    first_col = split * COLS
     row, s, b = locate_rows(group.to(tl.int64) * ROWS, num_examples, ROWS, SAMPLES)
     col = first_col + tl.arange(0, COLS)[None, :]
     mask = (row < num_rows) & (col < num_elements * W)
@@ -168,7 +166,8 @@ def draw_rows(t: Tensor | None, num_samples: int | None, like: Tensor, *, event:
     if as_rows(t[0], event=event).tensor.data_ptr() != t.data_ptr():
         # the leading dimensions of a draw do not collapse
         t = t.contiguous()
-    return as_rows(t[0], event=event), t.stride(0)
+    # the kernel gets the pointer of all draws
+    return as_rows(t[0], event=event)._replace(tensor=t), t.stride(0)
 
 
 def reparameterize_fwd(

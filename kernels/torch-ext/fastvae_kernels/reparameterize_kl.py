@@ -21,7 +21,7 @@ from ._layout import Rows, as_rows, device_guard, grid_1d, vector_width
 from ._math import exponentials, normal
 from ._philox import load_key
 from ._rows import locate_rows, sum_partials
-from ._tiles import column_bands, load_tile, row_pointer, single_tiles, store_tile, whole_rows
+from ._tiles import column_bands, load_tile, row_pointer, single_tiles, split_program, store_tile, whole_rows
 from .kl_standard_normal import kl_grads, kl_term
 
 _UNSPECIALISED = ["num_rows", "num_examples", "example_offset", "stream"]
@@ -57,8 +57,7 @@ def _reparameterize_kl_fwd_kernel(
     """`num_elements` and the strides k and b count units of W."""
     PRECISE: tl.constexpr = z_ptr.dtype.element_ty == tl.float32
     L = num_elements * W
-    group = tl.program_id(0) // splits
-    split = tl.program_id(0) - group * splits
+    group, split = split_program(tl.program_id(0), splits)
     key_lo, key_hi = load_key(seed_ptr)
     if kl_per_dim_ptr is not None:
         per_dim = tl.zeros((ROWS, COLS), tl.float32)
@@ -81,7 +80,7 @@ def _reparameterize_kl_fwd_kernel(
                 first_col, b + example_offset, k, stream, key_lo, key_hi, COLS, W >= 8 and not PRECISE, PRECISE
             )
             store_tile(z_row, col, 1, tl.fma(sigma, eps, mu), mask)
-            term = kl_term(mu, logvar, variance)
+            term = kl_term(mu, logvar, variance, PRECISE)
             kl += term
             if kl_per_dim_ptr is not None:
                 per_dim += term
@@ -132,8 +131,8 @@ def _reparameterize_kl_bwd_kernel(
 ):
     """`num_elements` and the strides k and b, but those of dkl, count units of W."""
     PRECISE: tl.constexpr = dmu_ptr.dtype.element_ty == tl.float32
-    group = tl.program_id(0) // splits
-    first_col = (tl.program_id(0) - group * splits) * COLS
+    group, split = split_program(tl.program_id(0), splits)
+    first_col = split * COLS
     row, k, b = locate_rows(group.to(tl.int64) * ROWS, num_examples, ROWS, SAMPLES)
     col = first_col + tl.arange(0, COLS)[None, :]
     mask = (row < num_rows) & (col < num_elements * W)
@@ -149,7 +148,7 @@ def _reparameterize_kl_bwd_kernel(
     if dkl_ptr is not None:
         dkl = tl.load(row_pointer(dkl_ptr, k, b, dkl_stride_k, dkl_stride_b, 1), row < num_rows, other=0.0)
         mu = load_tile(row_pointer(mu_ptr, k, b, mu_stride_k, mu_stride_b, W), col, mu_stride_l, mask)
-        kl_dmu, kl_dlogvar = kl_grads(mu, logvar, variance)
+        kl_dmu, kl_dlogvar = kl_grads(mu, logvar, variance, PRECISE)
         dmu = tl.fma(dkl, kl_dmu, dmu)
         dlogvar = tl.fma(dkl, kl_dlogvar, dlogvar)
     store_tile(row_pointer(dmu_ptr, k, b, dmu_stride_k, dmu_stride_b, W), col, dmu_stride_l, dmu, mask)

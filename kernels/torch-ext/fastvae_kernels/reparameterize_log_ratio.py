@@ -24,7 +24,7 @@ from ._layout import Rows, as_rows, device_guard, grid_1d, vector_width
 from ._math import exp_half, normal
 from ._philox import STREAM_NOISE, load_key
 from ._rows import locate_rows, sum_partials
-from ._tiles import draw_chunks, load_tile, row_pointer, single_tiles, store_tile
+from ._tiles import draw_chunks, load_tile, row_pointer, single_tiles, split_program, store_tile
 from .reparameterize import draw_rows, draws_of, sum_chunks
 
 _UNSPECIALISED = ["num_rows", "num_examples", "num_draws", "draws", "example_offset", "sample_offset"]
@@ -61,10 +61,8 @@ def _reparameterize_log_ratio_fwd_kernel(
 ):
     """`num_elements` and the strides s and b count units of W. See `reparameterize.Draws` for the counters."""
     PAIRS: tl.constexpr = W >= 8 and z_ptr.dtype.element_ty != tl.float32
-    chunk = tl.program_id(0) % chunks
-    tile = tl.program_id(0) // chunks
-    group = tile // splits
-    split = tile - group * splits
+    tile, chunk = split_program(tl.program_id(0), chunks)
+    group, split = split_program(tile, splits)
     first_row = group.to(tl.int64) * ROWS
     row, s, b = locate_rows(first_row, num_examples, ROWS, SAMPLES)
     rows = first_row + tl.arange(0, ROWS)
@@ -130,10 +128,9 @@ def _reparameterize_log_ratio_bwd_kernel(
     """`num_elements` and the strides k, s and b, but those of dlog_ratio, count units of W."""
     PRECISE: tl.constexpr = mu_ptr.dtype.element_ty == tl.float32
     PAIRS: tl.constexpr = W >= 8 and not PRECISE
-    chunk = tl.program_id(0) % chunks
-    tile = tl.program_id(0) // chunks
-    group = tile // splits
-    first_col = (tile - group * splits) * COLS
+    tile, chunk = split_program(tl.program_id(0), chunks)
+    group, split = split_program(tile, splits)
+    first_col = split * COLS
     row, s, b = locate_rows(group.to(tl.int64) * ROWS, num_examples, ROWS, SAMPLES)
     in_rows = row < num_rows
     col = first_col + tl.arange(0, COLS)[None, :]
