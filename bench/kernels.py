@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 import tyro
 from torch import Tensor
-from torch.autograd.profiler_util import DeviceType
 
 from bench import records, timing
 from bench.formulas import Function
@@ -112,12 +111,13 @@ def calls(
 def providers(case: Case, arguments: Arguments, device: str) -> dict[str, Function]:
     """Everyone who can run this case; torch.compile is given the plain formula."""
     found = functions(case)
-    # what was compiled for the case before
-    torch._dynamo.reset()
-    # on the CPU Inductor's own normals take eight times as long as torch's
-    options: dict[str, Any] = {"fallback_random": True} if device == "cpu" else {}
-    found[COMPILED] = torch.compile(found["eager"], dynamic=False, options=options)
-    if device == "cuda":
+    if COMPILED in arguments.providers:
+        # what was compiled for the case before
+        torch._dynamo.reset()
+        # on the CPU Inductor's own normals take eight times as long as torch's
+        options: dict[str, Any] = {"fallback_random": True} if device == "cpu" else {}
+        found[COMPILED] = torch.compile(found["eager"], dynamic=False, options=options)
+    if GRAPHED in arguments.providers and device == "cuda":
         found[GRAPHED] = _graphed(found["eager"])
     return {name: found[name] for name in arguments.providers if name in found}
 
@@ -208,7 +208,7 @@ def _cuda_counts(call: Callable[[], object]) -> Record:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
-    events = [e for e in profile.events() if e.device_type == DeviceType.CUDA]
+    events = [e for e in profile.events() if e.device_type.name == "CUDA"]
     return {"peak_extra_bytes": torch.cuda.max_memory_allocated() - before, "launches": len(events)}
 
 
@@ -236,8 +236,9 @@ def run(arguments: Arguments, path: Path, device: str) -> None:
     chosen = chosen_cases(arguments, device)
     with settled(arguments.threads):
         bandwidth = timing.copy_bandwidth(device, quick=arguments.quick)
-        _, backend = choose_backend("bernoulli_nll", torch.zeros(1, 1, device=device))
-        start = records.header("kernels", asdict(arguments), gpu=_gpu(device))
+        package, reason = choose_backend("bernoulli_nll", torch.zeros(1, 1, device=device))
+        backend = f"the reference ({reason})" if package is None else package.__name__
+        start = records.header("kernels", asdict(arguments), gpu=records.gpu_name(device))
         out = [start | {"copy_bytes_per_s": bandwidth, "backend": backend}]
         for case in chosen:
             found = [*measure(case, arguments, device, bandwidth)]
@@ -245,10 +246,6 @@ def run(arguments: Arguments, path: Path, device: str) -> None:
             out += found
             records.write(path, out)
     print(f"{OURS}: {backend}; copy bandwidth {bandwidth / 1e9:.1f} GB/s; wrote {path}")
-
-
-def _gpu(device: str) -> str | None:
-    return torch.cuda.get_device_name() if device == "cuda" else None
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Record", "cpu_name", "default_path", "header", "read", "versions", "write"]
+__all__ = ["Record", "cpu_name", "default_path", "gpu_name", "header", "read", "versions", "write"]
 
 Record = dict[str, Any]
 
@@ -56,10 +56,23 @@ def _commit() -> str:
         return "unknown"
 
 
+def gpu_name(device: str) -> str | None:
+    """The GPU's model name, if that is where we are."""
+    if device != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
 def header(bench: str, arguments: dict[str, Any], *, gpu: str | None = None) -> Record:
     """The first line of a result file."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine = {"cpu": cpu_name(), "cores": cores, "gpu": gpu, "system": f"{platform.system()} {platform.machine()}"}
+    machine = {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "gpu": gpu,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
     return {
         "kind": "header",
         "bench": bench,

@@ -39,7 +39,7 @@ def compare(arguments: Arguments, path: Path, device: str) -> None:
 
     chosen = chosen_cases(arguments, device)
     assert arguments.base is not None
-    out = [records.header("base", asdict(arguments))]
+    out = [records.header("base", asdict(arguments), gpu=records.gpu_name(device))]
     with _library_paths(arguments.base) as paths:
         workers = {
             name: Worker(["-m", "bench.revisions", device], threads=arguments.threads, path=path)

@@ -27,11 +27,8 @@ def _setting(record: Record) -> tuple[str, int, str, str]:
 
 
 def _condition(name: str) -> str:
-    return {
-        "one": "one thread",
-        "two": "two threads",
-        "two+busy": "two threads, one core kept busy by another process",
-    }[name]
+    words = {"one": "one thread", "two": "two threads", "gpu": "on the GPU"}
+    return words.get(name, "two threads, one core kept busy by another process")
 
 
 def throughput_tables(records: Sequence[Record]) -> str:

@@ -30,7 +30,7 @@ from bench.tables import throughput_tables
 from bench.worker import Worker, WorkerError, busy_core
 
 MODELS = {"784-400-20": ((400,), 20), "784-1024-1024-64": ((1024, 1024), 64)}
-Condition = Literal["one", "two", "two+busy"]
+Condition = Literal["one", "two", "two+busy", "gpu"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ class Arguments:
     batch_sizes: tuple[int, ...] = (128, 4096)
     """Examples per step."""
     conditions: tuple[Condition, ...] = ("one", "two", "two+busy")
-    """Threads: one; two; two while another process keeps one core busy."""
+    """Threads: one; two; two while another process keeps one core busy. On CUDA there is one condition, gpu."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where."""
     providers: tuple[str, ...] = tuple(PROVIDERS)
     """Who runs; the ones that are not installed are skipped by name."""
     rivals_python: Path | None = None
@@ -160,6 +162,8 @@ def _race(started: list[Started], setting: Record, arguments: Arguments) -> list
     """Epoch by epoch in turns, until each has reached the target; the time of the tests does not count."""
     assert arguments.target is not None
     racing = {p.name: p for p in started if p.name != FLOOR}
+    for provider in racing.values():
+        provider.worker.call(do="restart")
     seconds = dict.fromkeys(racing, 0.0)
     out: list[Record] = []
     for epoch in range(1, arguments.max_epochs + 1):
@@ -208,14 +212,15 @@ def measure(arguments: Arguments, work: Work, model: str, conditions: Sequence[C
 
 def run(arguments: Arguments, path: Path) -> None:
     """Measure all settings; print each and add it to the result file when it is done."""
-    out = [records.header("train", asdict(arguments))]
+    gpu = records.gpu_name(arguments.device)
+    out = [records.header("train", asdict(arguments), gpu=gpu)]
     with tempfile.TemporaryDirectory() as folder:
         _prepare_data(arguments, Path(folder))
         for model, batch_size, threads in itertools.product(arguments.models, arguments.batch_sizes, (1, 2)):
-            conditions = [c for c in arguments.conditions if c.startswith("one") == (threads == 1)]
+            conditions = [c for c in arguments.conditions if c.startswith("two") == (threads == 2)]
             if conditions:
                 hidden, latent_dim = MODELS[model]
-                work = Work(hidden, latent_dim, batch_size, arguments.binarize, threads, folder)
+                work = Work(hidden, latent_dim, batch_size, arguments.binarize, threads, arguments.device, folder)
                 found = measure(arguments, work, model, conditions)
                 print(throughput_tables(found), flush=True)
                 out += found
@@ -223,7 +228,7 @@ def run(arguments: Arguments, path: Path) -> None:
     print(f"wrote {path}")
 
 
-def _check(arguments: Arguments) -> None:
+def check(arguments: Arguments) -> None:
     unknown = set(arguments.providers) - PROVIDERS.keys()
     if unknown:
         raise SystemExit(f"unknown providers {', '.join(sorted(unknown))}: expected some of {', '.join(PROVIDERS)}")
@@ -234,17 +239,19 @@ def _check(arguments: Arguments) -> None:
 def main() -> None:
     """Entry point of `python -m bench.train`."""
     arguments = tyro.cli(Arguments)
-    _check(arguments)
+    check(arguments)
+    if arguments.device == "cuda":
+        arguments = replace(arguments, conditions=("gpu",))
     if arguments.quick:
         arguments = replace(
             arguments,
             models=("784-400-20",),
             batch_sizes=(128,),
-            conditions=("one",),
+            conditions=arguments.conditions[:1],
             seconds=0.5,
             slice_seconds=0.1,
         )
-    run(arguments, arguments.out or records.default_path("train", "cpu"))
+    run(arguments, arguments.out or records.default_path("train", arguments.device))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ class Work:
     binarize: str
     """none: grey levels in [0, 1]; dynamic: Bernoulli draws at each step."""
     threads: int
+    device: str
+    """cpu, or cuda, which JAX takes by itself where it can."""
     data: str
     """Folder with train.npy and test.npy, uint8 `[N, D]`."""
     lr: float = 1e-3

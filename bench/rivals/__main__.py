@@ -3,6 +3,7 @@
 Says a line when ready, then answers each line of stdin:
 
     {"do": "run", "seconds": 0.5}    -> {"steps": 40, "seconds": 0.51}    at least one step
+    {"do": "restart"}                -> {}    untrained again, but warm
     {"do": "epoch"}                  -> {"steps": 468, "seconds": 5.2, "negative_elbo": 105.6}    tests not timed
     {"do": "finish"}                 -> {"peak_mb": 512.3, "breakdown": {...} | null}
 """
@@ -42,17 +43,22 @@ class Turns:
     """Runs a provider in slices of a given time."""
 
     def __init__(self, name: str, work: Work) -> None:
-        if work.threads == 1 and hasattr(os, "sched_setaffinity"):
+        if work.threads == 1 and work.device == "cpu" and hasattr(os, "sched_setaffinity"):
             # whatever a library's own idea of its threads, one core is what it gets
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
         module = importlib.import_module(f"bench.rivals.{name}")
         self.versions = versions(module.REQUIRES)
-        self.provider: Any = module.Provider(work)
-        self.steps_per_epoch = len(self.provider.train) // work.batch_size if hasattr(self.provider, "train") else 0
+        self.make_provider = lambda: module.Provider(work)
+        self.steps_per_epoch = len(work.load("train")) // work.batch_size
+        self.restart()
+        _reset_peak_memory()
+
+    def restart(self) -> dict[str, Any]:
+        self.provider: Any = self.make_provider()
         # compilation, allocation, the first shapes
         self.provider.run(3)
         _, self.step_s = self._timed(2)
-        _reset_peak_memory()
+        return {}
 
     def _timed(self, steps: int) -> tuple[float, float]:
         start = time.perf_counter()
@@ -97,6 +103,7 @@ def main() -> None:
     answer({"ready_s": time.perf_counter() - start, "versions": turns.versions})
     commands: dict[str, Callable[..., dict[str, Any]]] = {
         "run": turns.run,
+        "restart": turns.restart,
         "epoch": turns.epoch,
         "finish": turns.finish,
     }

@@ -11,6 +11,12 @@ from torch.nn import functional as F
 from bench.rivals import Work
 
 
+def wait(device: str) -> None:
+    """Until the device has done what it was told."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def mlp(shapes: list[tuple[int, int]]) -> nn.Sequential:
     layers: list[nn.Module] = []
     for inputs, outputs in shapes:

@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 
 from bench.rivals import Work
+from bench.rivals._torch_model import wait
 from fastvae import functional as F
 from fastvae.config import TrainConfig
 from fastvae.evaluate import evaluate
@@ -30,16 +31,16 @@ class Provider:
     def __init__(self, work: Work) -> None:
         torch.set_num_threads(work.threads)
         torch.manual_seed(0)
-        self.train, self.test = torch.from_numpy(work.load("train")), torch.from_numpy(work.load("test"))
+        self.train, self.test = (torch.from_numpy(work.load(split)).to(work.device) for split in ("train", "test"))
         self.config = TrainConfig(
             hidden=work.hidden,
             latent_dim=work.latent_dim,
             batch_size=work.batch_size,
             binarize="dynamic" if work.binarize == "dynamic" else "none",
             lr=work.lr,
-            device="cpu",
+            device=work.device,
         )
-        self.model = build_model(self.config, (self.train.shape[1],))
+        self.model = build_model(self.config, (self.train.shape[1],)).to(work.device)
         optimizer = make_optimizer(self.config, list(self.model.parameters()), len(self.train))
         self.step = TrainingStep(self.config, self.model, optimizer, self.train, MOST_STEPS)
         self.done = 0
@@ -52,6 +53,7 @@ class Provider:
             self.done += 1
             if self.done % self.config.log_every == 0:
                 self.step.metrics.double().mean(0).tolist()
+        wait(self.config.device)
 
     def test_negative_elbo(self) -> float:
         return evaluate(self.model, self.test, transform=self.config.transform, seed=0).negative_elbo

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.rivals import Work
+from bench.rivals._torch_model import wait
 
 REQUIRES = ("torch",)
 
@@ -17,11 +18,11 @@ REQUIRES = ("torch",)
 class _Layer:
     """The buffers of one layer, and its products."""
 
-    def __init__(self, batch: int, inputs: int, outputs: int, *, needs_dx: bool) -> None:
+    def __init__(self, batch: int, inputs: int, outputs: int, device: str, *, needs_dx: bool) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def buffer(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
+            return torch.randn(shape, generator=generator).to(device)
 
         self.x, self.w, self.y = buffer(batch, inputs), buffer(outputs, inputs), buffer(batch, outputs)
         self.dy, self.dw = buffer(batch, outputs), buffer(outputs, inputs)
@@ -39,9 +40,10 @@ class _Layer:
 class Provider:
     def __init__(self, work: Work) -> None:
         torch.set_num_threads(work.threads)
+        self.device = work.device
         data_dim = work.load("test").shape[1]
         shapes = work.encoder(data_dim) + work.decoder(data_dim)
-        self.layers = [_Layer(work.batch_size, i, o, needs_dx=n > 0) for n, (i, o) in enumerate(shapes)]
+        self.layers = [_Layer(work.batch_size, i, o, work.device, needs_dx=n > 0) for n, (i, o) in enumerate(shapes)]
 
     @torch.no_grad()
     def run(self, steps: int) -> None:
@@ -50,3 +52,4 @@ class Provider:
                 layer.forward()
             for layer in reversed(self.layers):
                 layer.backward()
+        wait(self.device)

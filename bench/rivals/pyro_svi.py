@@ -44,8 +44,8 @@ class Provider:
         pyro.set_rng_seed(0)
         pyro.enable_validation(False)
         self.work = work
-        self.train, self.test = torch.from_numpy(work.load("train")), torch.from_numpy(work.load("test"))
-        vae = _VAE(work, self.train.shape[1])
+        self.train, self.test = (torch.from_numpy(work.load(split)).to(work.device) for split in ("train", "test"))
+        vae = _VAE(work, self.train.shape[1]).to(work.device)
         self.svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": work.lr}), TraceMeanField_ELBO())
         self.batches: list[Tensor] = []
 
@@ -56,7 +56,7 @@ class Provider:
     def run(self, steps: int) -> None:
         for _ in range(steps):
             if not self.batches:
-                order = torch.randperm(len(self.train))
+                order = torch.randperm(len(self.train), device=self.work.device)
                 self.batches = [*order.split(self.work.batch_size)][: len(order) // self.work.batch_size]
             self.svi.step(self._batch(self.train[self.batches.pop()]))
 

@@ -49,10 +49,11 @@ class Provider:
         torch.set_num_threads(work.threads)
         torch.manual_seed(0)
         self.work = work
-        self.train, self.test = torch.from_numpy(work.load("train")), torch.from_numpy(work.load("test"))
+        self.train = torch.from_numpy(work.load("train"))
+        self.test = torch.from_numpy(work.load("test")).to(work.device)
         data_dim = self.train.shape[1]
         config = VAEConfig(input_dim=(data_dim,), latent_dim=work.latent_dim, reconstruction_loss="bce")
-        self.model = VAE(config, encoder=_Encoder(work, data_dim), decoder=_Decoder(work, data_dim))
+        self.model = VAE(config, encoder=_Encoder(work, data_dim), decoder=_Decoder(work, data_dim)).to(work.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=work.lr)
         # float32 once, as its own preprocessing does
         dataset = BaseDataset(self.train.float() / 255.0, torch.zeros(len(self.train)))
@@ -61,6 +62,7 @@ class Provider:
         self.epoch_loss = 0.0
 
     def _loss(self, inputs: Any) -> Tensor:
+        inputs["data"] = inputs["data"].to(self.work.device)
         if self.work.binarize == "dynamic":
             inputs["data"] = torch.bernoulli(inputs["data"])
         loss: Tensor = self.model(inputs, epoch=1, dataset_size=len(self.train), uses_ddp=False).loss

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.rivals import Work
-from bench.rivals._torch_model import PlainVAE, negative_elbo, test_negative_elbo
+from bench.rivals._torch_model import PlainVAE, negative_elbo, test_negative_elbo, wait
 
 REQUIRES = ("torch",)
 
@@ -16,8 +16,8 @@ class Provider:
         torch.set_num_threads(work.threads)
         torch.manual_seed(0)
         self.work = work
-        self.train, self.test = torch.from_numpy(work.load("train")), torch.from_numpy(work.load("test"))
-        self.model = PlainVAE(work, self.train.shape[1])
+        self.train, self.test = (torch.from_numpy(work.load(split)).to(work.device) for split in ("train", "test"))
+        self.model = PlainVAE(work, self.train.shape[1]).to(work.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=work.lr, fused=True)
         self.batches: list[Tensor] = []
 
@@ -29,13 +29,14 @@ class Provider:
     def run(self, steps: int) -> None:
         for _ in range(steps):
             if not self.batches:
-                order = torch.randperm(len(self.train))
+                order = torch.randperm(len(self.train), device=self.work.device)
                 # whole batches only, as everywhere here
                 self.batches = [*order.split(self.work.batch_size)][: len(order) // self.work.batch_size]
             loss = self.loss(self.batches.pop())
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
+        wait(self.work.device)
 
     def test_negative_elbo(self) -> float:
         return test_negative_elbo(self.model, self.test, self.work.binarize)

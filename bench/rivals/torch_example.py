@@ -7,6 +7,7 @@ Source: https://github.com/pytorch/examples/blob/main/vae/main.py, with the hidd
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,12 +73,14 @@ class Provider:
         torch.set_num_threads(work.threads)
         torch.manual_seed(0)
         self.work = work
-        self.train, self.test = torch.from_numpy(work.load("train")), torch.from_numpy(work.load("test"))
+        self.train = torch.from_numpy(work.load("train"))
+        self.test = torch.from_numpy(work.load("test")).to(work.device)
         items = _Items(self.train, work.binarize)
-        # the example's arguments without a GPU; the last, smaller batch is left out for the same work everywhere
-        self.loader = DataLoader(items, batch_size=work.batch_size, shuffle=True, drop_last=True)
+        # the example's arguments; the last, smaller batch is left out for the same work everywhere
+        on_gpu: dict[str, Any] = {"num_workers": 1, "pin_memory": True} if work.device == "cuda" else {}
+        self.loader = DataLoader(items, batch_size=work.batch_size, shuffle=True, drop_last=True, **on_gpu)
         self.batches: Iterator[list[Tensor]] = iter(())
-        self.model = _VAE(work, self.train.shape[1])
+        self.model = _VAE(work, self.train.shape[1]).to(work.device)
         self.optimizer = optim.Adam(self.model.parameters(), lr=work.lr)
         self.train_loss = 0.0
 
@@ -87,7 +90,7 @@ class Provider:
             if batch is None:
                 self.batches = iter(self.loader)
                 batch = next(self.batches)
-            data = batch[0]
+            data = batch[0].to(self.work.device)
             self.optimizer.zero_grad()
             recon_batch, mu, logvar = self.model(data)
             loss = _loss_function(recon_batch, data, mu, logvar)
