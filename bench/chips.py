@@ -2,8 +2,8 @@
 
     time = max(bytes / DRAM bandwidth, lane-instructions / issue rate, special functions / their rate)
 
-It knows no latency, cache, occupancy, bank conflict or launch overhead, and counts every instruction as one issue slot: a
-floor that tells what binds a kernel. Nothing it says has been measured.
+It knows no latency, cache, occupancy, bank conflict or launch overhead, and counts every instruction as one issue
+slot: a floor that tells what binds a kernel. Nothing it says has been measured.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Chip(NamedTuple):
         return Modelled(first * 1e6, bound, second / first if first else 0.0)
 
 
-# four warps of 32 per clock from the four schedulers of a multiprocessor, 16 special functions: CUDA programming guide,
-# throughput of native arithmetic instructions. A CDNA 3 unit issues 64 lanes per clock, transcendentals at a quarter: CDNA 3
-# instruction set architecture. The data-centre clocks are sustained ones, below the boost clock.
+# four warps of 32 per clock from the four schedulers of a multiprocessor, and 16 special functions: CUDA programming
+# guide, throughput of native arithmetic instructions. A CDNA 3 unit issues 64 lanes per clock, transcendentals at a
+# quarter: CDNA 3 instruction set architecture. H100 and B200 are taken at less than their boost clock
 CHIPS: dict[str, Chip] = {
     "sm_80": Chip(
         "A100 80GB SXM",

@@ -1,0 +1,174 @@
+"""What is compiled and counted: every op of the kernel package, in the dtypes and shapes of real models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Case", "cases"]
+
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DATA = FLOATS | {"uint8": torch.uint8, "bool": torch.bool}
+
+# predictions and data
+PAIRS = [("fp32", "fp32"), ("fp32", "uint8"), ("bf16", "uint8"), ("fp16", "fp16")]
+MORE_PAIRS = [("bf16", "bf16"), ("fp32", "bool")]
+
+# an MLP on MNIST at a large batch; then image decoders, latent maps, and few long rows
+LATENT_SHAPES = [(4096, 64), (65536, 128)]
+DATA_SHAPES = [(4096, 784), (16384, 3072), (8, 196608)]
+
+
+class Case(NamedTuple):
+    """`function(*arguments())` of the kernel package."""
+
+    op: str
+    dtype: str
+    shape: tuple[int, ...]
+    function: str
+    arguments: Callable[[], tuple[Any, ...]]
+    main: bool  # part of the gate; the others, more shapes and dtypes, are for the report
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.dtype} {'x'.join(map(str, self.shape))}"
+
+
+def _seed() -> Tensor:
+    return torch.zeros(1, dtype=torch.int64)
+
+
+def _row_gradient(*leading: int) -> Tensor:
+    return torch.empty(leading)
+
+
+def _words(B: int, L: int) -> Case:
+    return Case("philox_words", "int64", (B, L), "philox_words", lambda: (_seed(), 0, B, L, 0, 0), True)
+
+
+def _latent(dtype_name: str, B: int, L: int, main: bool) -> Iterator[Case]:
+    dtype, K = FLOATS[dtype_name], 8
+
+    def tile(*leading: int) -> Tensor:
+        return torch.empty(*leading, B, L, dtype=dtype)
+
+    def pair() -> tuple[Tensor, Tensor]:
+        return tile(), tile()
+
+    table: list[tuple[str, str, Callable[[], tuple[Any, ...]]]] = [
+        ("reparameterize fwd", "reparameterize_fwd", lambda: (*pair(), _seed(), None, 0, 0, 0)),
+        ("reparameterize bwd", "reparameterize_bwd", lambda: (*pair(), _seed(), None, 0, 0, 0)),
+        (f"reparameterize K={K} fwd", "reparameterize_fwd", lambda: (*pair(), _seed(), K, 0, 0, 0)),
+        (f"reparameterize K={K} bwd", "reparameterize_bwd", lambda: (tile(K), tile(), _seed(), K, 0, 0, 0)),
+        ("kl_standard_normal fwd", "kl_standard_normal_fwd", pair),
+        ("kl_standard_normal bwd", "kl_standard_normal_bwd", lambda: (_row_gradient(B), *pair())),
+        ("kl_normal fwd", "kl_normal_fwd", lambda: (*pair(), *pair())),
+        ("kl_normal bwd", "kl_normal_bwd", lambda: (_row_gradient(B), *pair(), *pair())),
+        ("reparameterize_kl fwd", "reparameterize_kl_fwd", lambda: (*pair(), _seed(), 0, 0, False)),
+        ("reparameterize_kl per_dim fwd", "reparameterize_kl_fwd", lambda: (*pair(), _seed(), 0, 0, True)),
+        (
+            "reparameterize_kl bwd",
+            "reparameterize_kl_bwd",
+            lambda: (tile(), _row_gradient(B), *pair(), _seed(), 0, 0),
+        ),
+        (
+            f"reparameterize_log_ratio K={K} fwd",
+            "reparameterize_log_ratio_fwd",
+            lambda: (*pair(), _seed(), K, 0, 0),
+        ),
+        (
+            f"reparameterize_log_ratio K={K} bwd",
+            "reparameterize_log_ratio_bwd",
+            lambda: (tile(K), _row_gradient(K, B), *pair(), _seed(), K, False, 0, 0),
+        ),
+    ]
+    for op, function, arguments in table:
+        yield Case(op, dtype_name, (B, L), function, arguments, main)
+
+
+def _likelihoods(dtype_name: str, data_name: str, B: int, D: int, main: bool) -> Iterator[Case]:
+    dtype, data = FLOATS[dtype_name], DATA[data_name]
+    both = dtype_name if dtype_name == data_name else f"{dtype_name}+{data_name}"
+
+    def tile() -> Tensor:
+        return torch.empty(B, D, dtype=dtype)
+
+    def x() -> Tensor:
+        return torch.empty(B, D, dtype=data)
+
+    def weight() -> Tensor:
+        # the mean over the batch
+        return torch.empty(()).expand(B)
+
+    table: list[tuple[str, str, Callable[[], tuple[Any, ...]]]] = [
+        ("bernoulli_nll fwd", "bernoulli_nll_fwd", lambda: (tile(), x(), None, 0)),
+        ("bernoulli_nll bwd", "bernoulli_nll_bwd", lambda: (_row_gradient(B), tile(), x(), None, 0)),
+        ("bernoulli_nll one pass", "bernoulli_nll_with_grad", lambda: (tile(), x(), weight(), None, 0, False)),
+        (
+            "bernoulli_nll one pass, column sums",
+            "bernoulli_nll_with_grad",
+            lambda: (tile(), x(), weight(), None, 0, True),
+        ),
+        ("gaussian_nll fwd", "gaussian_nll_fwd", lambda: (tile(), tile(), x())),
+        ("gaussian_nll bwd", "gaussian_nll_bwd", lambda: (_row_gradient(B), tile(), tile(), x())),
+        ("gaussian_nll one pass", "gaussian_nll_with_grad", lambda: (tile(), tile(), x(), weight(), False)),
+        (
+            "gaussian_nll one pass, column sums",
+            "gaussian_nll_with_grad",
+            lambda: (tile(), tile(), x(), weight(), True),
+        ),
+        (
+            "gaussian_nll one pass, logvar per feature",
+            "gaussian_nll_with_grad",
+            lambda: (tile(), torch.empty(D, dtype=dtype), x(), weight(), False),
+        ),
+        (
+            "gaussian_nll one pass, one logvar",
+            "gaussian_nll_with_grad",
+            lambda: (tile(), torch.empty((), dtype=dtype), x(), weight(), False),
+        ),
+    ]
+    if data_name == "uint8":
+        table.append(
+            (
+                "bernoulli_nll one pass, binarised",
+                "bernoulli_nll_with_grad",
+                lambda: (tile(), x(), weight(), _seed(), 0, False),
+            )
+        )
+    for op, function, arguments in table:
+        yield Case(op, both, (B, D), function, arguments, main)
+
+
+def _gather(transform: str, dtype: str, B: int, D: int, main: bool) -> Case:
+    def arguments() -> tuple[Any, ...]:
+        # as many examples as the batch takes, in another order: each is read once
+        data, index = torch.empty(B, D, dtype=torch.uint8), torch.arange(B).flip(0)
+        return data, index, transform, None if transform == "scale" else _seed(), 0, FLOATS[dtype]
+
+    return Case(f"gather_batch {transform}", f"uint8 to {dtype}", (B, D), "gather_batch", arguments, main)
+
+
+def _scale(dtype: str, B: int, D: int, main: bool) -> Case:
+    # with a scale of 1 the kernel would touch nothing
+    return Case(
+        "scale_", dtype, (B, D), "scale_", lambda: (torch.empty(B, D, dtype=FLOATS[dtype]), torch.tensor([0.5])), main
+    )
+
+
+def cases() -> list[Case]:
+    """All cases; names are unique."""
+    found = [_words(*LATENT_SHAPES[0])]
+    for i, (B, L) in enumerate(LATENT_SHAPES):
+        for dtype in FLOATS:
+            found += _latent(dtype, B, L, i == 0)
+    for i, (B, D) in enumerate(DATA_SHAPES):
+        for prediction, data in PAIRS + MORE_PAIRS:
+            found += _likelihoods(prediction, data, B, D, i == 0 and (prediction, data) in PAIRS)
+        for dtype in ("fp32", "bf16"):
+            found += [_gather(how, dtype, B, D, i == 0) for how in ("scale", "binarize", "dequantize")]
+        found += [_scale(dtype, B, D, i == 0) for dtype in FLOATS]
+    return found

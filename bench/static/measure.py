@@ -1,0 +1,201 @@
+"""One case on one architecture: its launches recorded, compiled and counted."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from bench.chips import CHIPS
+from bench.static.capture import HostOp, Launch, recording, unique_bytes
+from bench.static.cases import Case
+from bench.static.flow import MachineLoop
+from bench.static.machine import Code, access_bits, disassemble, widths_by_argument
+from bench.static.traffic import Loop, Traffic, evaluate
+from bench.static.ttir import parse
+
+__all__ = ["Argument", "Kernel", "Result", "measure"]
+
+
+@dataclass
+class Argument:
+    """A tensor argument of a launch; `passes` is bytes over the tensor's own size, `widths` in bits, widest first."""
+
+    bytes: int
+    requested: int
+    passes: float
+    itemsize: int
+    widths: list[int]  # none for AMD GPUs: their code does not tell whose access it is
+
+
+@dataclass
+class Kernel:
+    """One launch; lane-instructions and special functions of the whole grid."""
+
+    name: str
+    programs: int
+    warps: int
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    instructions: float
+    special: float
+    loads: list[int]  # widths in bits
+    stores: list[int]
+    arguments: dict[str, Argument]
+
+
+@dataclass
+class Result:
+    """All launches of a case; per-element figures are per element of its largest tensor."""
+
+    case: str
+    architecture: str
+    elements: int
+    least_bytes: int
+    kernels: list[Kernel]
+    host_ops: list[HostOp]
+
+    @property
+    def launches(self) -> int:
+        return len(self.kernels) + len(self.host_ops)
+
+    @property
+    def bytes(self) -> int:
+        own = sum(argument.bytes for kernel in self.kernels for argument in kernel.arguments.values())
+        return own + sum(op.bytes for op in self.host_ops)
+
+    @property
+    def requested(self) -> int:
+        own = sum(argument.requested for kernel in self.kernels for argument in kernel.arguments.values())
+        return own + sum(op.bytes for op in self.host_ops)
+
+    @property
+    def instructions(self) -> float:
+        return sum(kernel.instructions for kernel in self.kernels) / self.elements
+
+    @property
+    def special(self) -> float:
+        return sum(kernel.special for kernel in self.kernels) / self.elements
+
+    def record(self) -> dict[str, Any]:
+        """As a record of a result file, with the modelled time."""
+        sums = {name: getattr(self, name) for name in ("launches", "bytes", "requested", "instructions", "special")}
+        chip = CHIPS[self.architecture]
+        model = chip.model(self.bytes, self.instructions * self.elements, self.special * self.elements)
+        kernels = {"kernels": [asdict(k) for k in self.kernels], "host_ops": [op._asdict() for op in self.host_ops]}
+        about = {name: getattr(self, name) for name in ("case", "architecture", "elements", "least_bytes")}
+        return {"kind": "static", **about, **sums, "model": {"chip": chip.name, **model._asdict()}, **kernels}
+
+
+def _pairs(machine: list[MachineLoop], source: list[Loop]) -> list[tuple[MachineLoop, Loop]]:
+    """Which loop of the code is which of the source, outer ones first: the same nest, but for unrolled loops."""
+    if len(machine) != len(source):
+        # the compiler unrolls loops of few and known iterations
+        source = [kept for loop in source for kept in (loop.children if loop.constant else [loop])]
+    if len(machine) != len(source):
+        raise ValueError("the loops of the machine code are not those of the source: bench.static cannot count them")
+    found = []
+    for a, b in zip(machine, source):
+        found += [(a, b), *_pairs(a.children, b.children)]
+    return found
+
+
+def _executions(code: Code, traffic: Traffic, programs: int) -> list[int]:
+    """How often each block runs, over all programs."""
+    executions = [programs] * len(code.blocks)
+    for machine, source in _pairs(code.loops, traffic.loops):
+        for i in machine.blocks:
+            executions[i] = source.trips
+    return executions
+
+
+# a kernel that several cases launch alike is the same object
+_code = functools.lru_cache(maxsize=256)(disassemble)
+
+
+class _Traffics(dict[object, Traffic]):
+    """Traffic by what determines it: the same launch on another architecture moves the same bytes."""
+
+    def of(self, launch: Launch, values: dict[str, Any]) -> Traffic:
+        text = launch.compiled.asm["ttir"]
+        key = (text, launch.programs, *(tuple(v.stride()) if isinstance(v, Tensor) else v for v in values.values()))
+        if key not in self:
+            function = parse(text)
+            found = evaluate(function, dict(zip(function.parameters, values.values(), strict=True)), launch.programs)
+            names = dict(zip(function.parameters, values, strict=True))
+            for site in found.sites:
+                site.argument = names[site.argument]
+            self[key] = found
+        return self[key]
+
+
+def _kernel(launch: Launch, traffics: _Traffics) -> Kernel:
+    compiled, metadata = launch.compiled, launch.compiled.metadata
+    names = [name for name, kind in compiled.src.signature.items() if kind != "constexpr"]
+    traffic = traffics.of(launch, {name: launch.arguments[name] for name in names})
+    code = _code(compiled)
+    instructions = special = 0.0
+    for block, times in zip(code.blocks, _executions(code, traffic, launch.programs)):
+        instructions += times * sum(code.counted.match(opcode) is not None for opcode in block.opcodes)
+        special += times * sum(code.special.match(opcode) is not None for opcode in block.opcodes)
+    threads = metadata.num_warps * metadata.target.warp_size
+    widths = widths_by_argument(compiled.asm["ptx"], names) if "ptx" in compiled.asm else {}
+    arguments = {}
+    for name in names:
+        tensor = launch.arguments[name]
+        if isinstance(tensor, Tensor):
+            sites = [site for site in traffic.sites if site.argument == name]
+            moved, requested = sum(site.unique for site in sites), sum(site.requested for site in sites)
+            passes = round(moved / unique_bytes(tensor), 3)
+            arguments[name] = Argument(moved, requested, passes, tensor.element_size(), widths.get(name, []))
+    accesses = {access for block in code.blocks for opcode in block.opcodes if (access := access_bits(opcode))}
+    return Kernel(
+        name=launch.kernel,
+        programs=launch.programs,
+        warps=metadata.num_warps,
+        registers=code.registers,
+        spills=code.spills,
+        stack=code.stack,
+        shared=metadata.shared,
+        instructions=instructions * threads,
+        special=special * threads,
+        loads=sorted((bits for kind, bits in accesses if kind == "load"), reverse=True),
+        stores=sorted((bits for kind, bits in accesses if kind == "store"), reverse=True),
+        arguments=arguments,
+    )
+
+
+def measure(case: Case, kernels: ModuleType, architectures: Sequence[str]) -> list[Result]:
+    """The case on each architecture.
+
+    Raises:
+        ValueError: a kernel does something that the counting does not follow; the message says what.
+    """
+    results = []
+    traffics = _Traffics()
+    arguments = case.arguments()
+    given = {id(t): t for t in tree_leaves(arguments) if isinstance(t, Tensor)}
+    for architecture in architectures:
+        with recording(architecture) as record:
+            returned = getattr(kernels, case.function)(*arguments)
+        made = [t for t in tree_leaves(returned) if isinstance(t, Tensor)]
+        tensors = [*given.values(), *made]
+        results.append(
+            Result(
+                case=case.name,
+                architecture=architecture,
+                elements=max(math.prod(t.shape) for t in tensors),
+                least_bytes=sum(map(unique_bytes, tensors)),
+                kernels=[_kernel(launch, traffics) for launch in record if isinstance(launch, Launch)],
+                host_ops=[op for op in record if isinstance(op, HostOp)],
+            )
+        )
+    return results
