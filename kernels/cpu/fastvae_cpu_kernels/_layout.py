@@ -7,6 +7,7 @@ as any other. Rows that are not contiguous are copied, as nothing else is fast o
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -14,19 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "NO_ROWS",
-    "PIECE",
-    "Rows",
-    "Tiles",
-    "counts",
-    "deliver",
-    "destination",
-    "rows_of",
-    "scalars_of",
-    "tiles_of",
-    "walkable",
-]
+__all__ = ["NO_ROWS", "PIECE", "Plan", "Rows", "deliver", "destination", "plan", "rows_of", "scalars_of", "walkable"]
 
 # (address, bytes to the next sample, bytes to the next example)
 Rows = tuple[int, int, int]
@@ -36,11 +25,6 @@ NO_ROWS: Rows = (0, 0, 0)
 # columns that pass through the stages of a kernel together: 2 KiB of scratch each
 PIECE = 512
 _TILE_COLUMNS, _TILE_ROWS, _TILE_ELEMENTS = 8192, 64, 32768
-
-
-def counts(leading: torch.Size) -> tuple[int, int]:
-    """(K, B) of leading dimensions `[]`, `[B]`, `[K, B]`, or more."""
-    return (math.prod(leading[:-1]), leading[-1]) if leading else (1, 1)
 
 
 def _collapse(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
@@ -63,9 +47,11 @@ def walkable(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def destination(out: Tensor | None, shape: torch.Size) -> Tensor:
-    """A `walkable` float32 tensor to write to: `out` if it is one; else `deliver` copies it there."""
-    return out if out is not None and walkable(out) is out else torch.empty(shape)
+def destination(out: Tensor | None, like: Tensor) -> Tensor:
+    """A `walkable` tensor to write to: `out` if it is one, else a new one of the shape of `like`."""
+    if out is not None and walkable(out) is out:
+        return out
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def deliver(written: Tensor, out: Tensor | None) -> Tensor:
@@ -75,43 +61,61 @@ def deliver(written: Tensor, out: Tensor | None) -> Tensor:
 
 def rows_of(tensor: Tensor) -> Rows:
     """Where the rows of a `walkable` tensor are; the caller keeps the tensor alive."""
-    size = tensor.element_size()
     if tensor.ndim == 2:
-        return tensor.data_ptr(), 0, tensor.stride(0) * size
+        return tensor.data_ptr(), 0, tensor.stride(0) * tensor.element_size()
     if tensor.ndim < 2:
         return tensor.data_ptr(), 0, 0
+    size = tensor.element_size()
     stride_k = _collapse(tuple(tensor.shape[:-2]), tensor.stride()[:-2])
     assert stride_k is not None
     return tensor.data_ptr(), stride_k * size, tensor.stride(-2) * size
 
 
 def scalars_of(tensor: Tensor) -> tuple[Tensor, Rows]:
-    """One value per row, `[*leading]` of any strides: a tensor to keep alive, and where its values are."""
+    """One float32 per row, `[*leading]` of any strides: a tensor to keep alive, and where its values are."""
+    if tensor.ndim < 2:
+        return tensor, (tensor.data_ptr(), 0, tensor.stride(0) * 4 if tensor.ndim else 0)
     tensor = walkable(tensor.unsqueeze(-1))
     return tensor, rows_of(tensor)
 
 
-class Tiles(NamedTuple):
-    """A grid of tiles over rows x columns. It depends on the shape alone, so that no result depends on who does a tile.
+class Plan(NamedTuple):
+    """A grid of tiles over the K * B rows and D columns of a shape `[*leading, D]`.
 
-    Tile t covers rows `height * (t // across)` and columns `width * (t % across)` onwards.
+    Tile t covers rows `height * (t // across)` and columns `width * (t % across)` onwards. The grid depends on the
+    shape alone, so that no result depends on who does a tile.
     """
 
-    total: int
+    leading: torch.Size
+    K: int
+    B: int
+    D: int
     across: int
     height: int
     width: int
+    tiles: int
 
     @property
-    def down(self) -> int:
-        return self.total // self.across
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """The arguments of a kernel."""
+        return self[1:7]
+
+    @property
+    def elements(self) -> int:
+        return self.K * self.B * self.D
 
 
-def tiles_of(num_rows: int, num_columns: int, samples: int = 1) -> Tiles:
-    """Tiles of about 30 microseconds of work, none for empty tensors; each row is gone through `samples` times."""
-    if num_rows == 0 or num_columns == 0:
-        return Tiles(0, 1, 1, 1)
-    width = min(num_columns, _TILE_COLUMNS)
+@functools.lru_cache(4096)
+def plan(shape: torch.Size, samples: int = 1) -> Plan:
+    """Tiles of about 30 microseconds of work, none for empty tensors; each row is gone through `samples` times.
+
+    b is the last leading index, k the others flattened: without leading dimensions K = B = 1.
+    """
+    *leading, D = shape
+    K, B = (math.prod(leading[:-1]), leading[-1]) if leading else (1, 1)
+    if K * B * D == 0:
+        return Plan(torch.Size(leading), K, B, D, 1, 1, 1, 0)
+    width = min(D, _TILE_COLUMNS)
     height = max(1, min(_TILE_ROWS, _TILE_ELEMENTS // (width * samples)))
-    across = -(-num_columns // width)
-    return Tiles(-(-num_rows // height) * across, across, height, width)
+    across = -(-D // width)
+    return Plan(torch.Size(leading), K, B, D, across, height, width, -(-K * B // height) * across)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._jit import kernel
-from ._layout import Tiles
+from ._layout import Plan
 from ._pointers import f32_at, f64_at
 
 __all__ = ["ColumnSums", "row_sums", "row_totals"]
@@ -41,26 +41,29 @@ def _sum_all(partial: int, count: int, out: int) -> None:
     f32_at(out)[0] = np.float32(total)
 
 
-def row_totals(num_rows: int, tiles: Tiles) -> Tensor:
-    """Where a kernel writes the float32 total of each (row, tile across)."""
-    # rows without elements have no tiles, and a sum of 0
-    return torch.empty(num_rows * tiles.across) if tiles.total else torch.zeros(num_rows)
+def row_totals(leading: torch.Size, plan: Plan) -> Tensor:
+    """Where a kernel writes the float32 total of each (row, tile across), for rows `[*leading]`."""
+    if plan.tiles == 0:  # rows without elements sum to 0
+        return torch.zeros(leading, dtype=torch.float32)
+    if plan.across == 1 and leading:
+        return torch.empty(*leading, dtype=torch.float32)
+    return torch.empty(leading.numel() * plan.across, dtype=torch.float32)
 
 
-def row_sums(totals: Tensor, leading: torch.Size, tiles: Tiles) -> Tensor:
+def row_sums(totals: Tensor, leading: torch.Size, plan: Plan) -> Tensor:
     """One float32 per row, `[*leading]`, of its totals; long rows have several."""
-    if tiles.across == 1:
-        return totals.view(leading)
-    sums = torch.empty(leading)
-    _sum_rows(totals.data_ptr(), sums.numel(), tiles.across, sums.data_ptr())
+    if plan.across == 1:
+        return totals if leading else totals.view(())
+    sums = torch.empty(leading, dtype=torch.float32)
+    _sum_rows(totals.data_ptr(), sums.numel(), plan.across, sums.data_ptr())
     return sums
 
 
 class ColumnSums:
     """Sums over the rows: each block of rows adds up its own in float64, then the blocks are added in order."""
 
-    def __init__(self, tiles: Tiles, columns: int) -> None:
-        self._partial = torch.zeros(max(1, tiles.down), columns, dtype=torch.float64)
+    def __init__(self, plan: Plan) -> None:
+        self._partial = torch.zeros(max(1, plan.tiles // plan.across), plan.D, dtype=torch.float64)
 
     @property
     def address(self) -> int:
@@ -69,12 +72,12 @@ class ColumnSums:
     def per_column(self) -> Tensor:
         """float32 `[D]`"""
         blocks, columns = self._partial.shape
-        sums = torch.empty(columns)
+        sums = torch.empty(columns, dtype=torch.float32)
         _sum_columns(self._partial.data_ptr(), blocks, columns, sums.data_ptr())
         return sums
 
     def total(self) -> Tensor:
         """float32 `[]`"""
-        total = torch.empty(())
+        total = torch.empty((), dtype=torch.float32)
         _sum_all(self._partial.data_ptr(), self._partial.numel(), total.data_ptr())
         return total

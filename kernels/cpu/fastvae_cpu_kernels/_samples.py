@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ._jit import kernel, loop
-from ._layout import NO_ROWS, PIECE, Rows, counts, deliver, destination, rows_of, scalars_of, tiles_of, walkable
+from ._layout import NO_ROWS, PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
 from ._math import HALF, ZERO, exp
 from ._philox import draw_rows, slots_per_draw
 from ._pieces import store_piece
@@ -272,17 +272,15 @@ def draw_samples(
     with_ratio: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """z `[num_samples, ..., L]` (`[..., L]` for None) and, if asked for, the log ratio of each sample."""
-    K, B = counts(mu.shape[:-1])
-    L = mu.shape[-1]
     samples = 1 if num_samples is None else num_samples
-    shape = mu.shape if num_samples is None else torch.Size((num_samples, *mu.shape))
-    tiles = tiles_of(K * B, L, samples)
+    leading = mu.shape[:-1] if num_samples is None else torch.Size((num_samples, *mu.shape[:-1]))
+    grid = plan(mu.shape, samples)
     mu, logvar = walkable(mu), walkable(logvar)
-    z = torch.empty(shape)
-    totals = row_totals(samples * K * B, tiles) if with_ratio else None
+    z = torch.empty(*leading, grid.D, dtype=torch.float32)
+    totals = row_totals(leading, grid) if with_ratio else None
     run(
         _fwd_kernel,
-        tiles,
+        grid,
         _NS_PER_ELEMENT * z.numel(),
         rows_of(mu),
         rows_of(logvar),
@@ -290,18 +288,13 @@ def draw_samples(
         0 if totals is None else totals.data_ptr(),
         seed.data_ptr(),
         samples,
-        K,
-        B,
-        L,
-        tiles.across,
-        tiles.height,
-        tiles.width,
+        *grid.sizes,
         example_offset,
         sample_offset,
         stream,
         int(num_samples is not None and mu.ndim == 1),
     )
-    return z, None if totals is None else row_sums(totals, shape[:-1], tiles)
+    return z, None if totals is None else row_sums(totals, leading, grid)
 
 
 def samples_backward(
@@ -318,10 +311,8 @@ def samples_backward(
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dmu, dlogvar) `[..., L]` for dz and dr of each sample; `mu` matters with dr alone."""
-    K, B = counts(logvar.shape[:-1])
-    L = logvar.shape[-1]
     samples = 1 if num_samples is None else num_samples
-    tiles = tiles_of(K * B, L, samples)
+    grid = plan(logvar.shape, samples)
     dz_rows, dr_rows, mu_rows = NO_ROWS, NO_ROWS, NO_ROWS
     samples_are_examples = num_samples is not None and logvar.ndim == 1
     if dz is not None:
@@ -333,11 +324,11 @@ def samples_backward(
         mu_rows = rows_of(mu)
     logvar = walkable(logvar)
     out_mu, out_logvar = out or (None, None)
-    dmu, dlogvar = destination(out_mu, logvar.shape), destination(out_logvar, logvar.shape)
+    dmu, dlogvar = destination(out_mu, logvar), destination(out_logvar, logvar)
     run(
         _bwd_kernel,
-        tiles,
-        _NS_PER_ELEMENT * samples * K * B * L,
+        grid,
+        _NS_PER_ELEMENT * samples * grid.elements,
         dz_rows,
         dr_rows,
         int(sticking_the_landing),
@@ -347,12 +338,7 @@ def samples_backward(
         rows_of(dlogvar),
         seed.data_ptr(),
         samples,
-        K,
-        B,
-        L,
-        tiles.across,
-        tiles.height,
-        tiles.width,
+        *grid.sizes,
         example_offset,
         sample_offset,
         stream,

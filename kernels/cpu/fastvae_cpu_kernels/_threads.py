@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ._layout import Tiles
+from ._layout import Plan
 
 __all__ = ["run"]
 
@@ -81,17 +81,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_helpers)
 
 
-def run(kernel: Callable[..., None], tiles: Tiles, nanoseconds: float, *args: Any) -> None:
-    """Calls `kernel(first_tile, last_tile, *args)` over all tiles; `nanoseconds` estimates the work on one thread."""
-    if nanoseconds < _WORTH_SHARING_NS or tiles.total <= 1:
-        kernel(0, tiles.total, *args)
-        return
-    threads = min(torch.get_num_threads(), tiles.total)
-    if threads == 1:
-        kernel(0, tiles.total, *args)
+def run(kernel: Callable[..., None], plan: Plan, nanoseconds: float, *args: Any) -> None:
+    """Calls `kernel(first_tile, last_tile, *args)` for all tiles; `nanoseconds` estimates the work on one thread."""
+    threads = 1
+    if nanoseconds > _WORTH_SHARING_NS:
+        threads = min(torch.get_num_threads(), plan.tiles)
+    if threads <= 1:
+        kernel(0, plan.tiles, *args)
         return
     _start_helpers(threads - 1)
-    job = _Job(kernel, tiles.total, -(-tiles.total // (threads * _CHUNKS_PER_THREAD)), args)
+    job = _Job(kernel, plan.tiles, -(-plan.tiles // (threads * _CHUNKS_PER_THREAD)), args)
     for _ in range(threads - 1):
         _jobs.put(job)
     job.work()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._data import binarize_piece, data_kind, load_piece
 from ._jit import kernel, loop, term
-from ._layout import NO_ROWS, PIECE, Rows, counts, deliver, destination, rows_of, scalars_of, tiles_of, walkable
+from ._layout import NO_ROWS, PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
 from ._math import ONE, ZERO, exp, log1p_unit
 from ._pieces import add_piece, store_piece
 from ._pointers import f32_at, f32_scratch, f64_at, i64_at
@@ -132,21 +132,19 @@ def _launch(
     out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(nll, weight * d nll / d logits, its column sums), each if asked for."""
-    leading, D = logits.shape[:-1], logits.shape[-1]
-    K, B = counts(leading)
-    tiles = tiles_of(K * B, D)
+    grid = plan(logits.shape)
     logits, x = walkable(logits), walkable(x)
-    totals = row_totals(K * B, tiles) if with_nll else None
-    sums = ColumnSums(tiles, D) if column_sums else None
+    totals = row_totals(grid.leading, grid) if with_nll else None
+    sums = ColumnSums(grid) if column_sums else None
     grad, weight_rows, grad_rows = None, NO_ROWS, NO_ROWS
     if weight is not None:
         weight, weight_rows = scalars_of(weight)
-        grad = destination(out, logits.shape)
+        grad = destination(out, logits)
         grad_rows = rows_of(grad)
     run(
         _bernoulli_kernel,
-        tiles,
-        _NS_PER_ELEMENT * K * B * D,
+        grid,
+        _NS_PER_ELEMENT * grid.elements,
         rows_of(logits),
         rows_of(x),
         data_kind(x),
@@ -155,16 +153,11 @@ def _launch(
         0 if totals is None else totals.data_ptr(),
         0 if sums is None else sums.address,
         0 if binarize_seed is None else binarize_seed.data_ptr(),
-        K,
-        B,
-        D,
-        tiles.across,
-        tiles.height,
-        tiles.width,
+        *grid.sizes,
         example_offset,
     )
     return (
-        None if totals is None else row_sums(totals, leading, tiles),
+        None if totals is None else row_sums(totals, grid.leading, grid),
         None if grad is None else deliver(grad, out),
         None if sums is None else sums.per_column(),
     )

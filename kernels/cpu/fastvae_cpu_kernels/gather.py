@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._data import binarize_piece, data_kind, load_piece
 from ._jit import kernel, loop
-from ._layout import PIECE, tiles_of
+from ._layout import PIECE, plan
 from ._philox import draw_uniforms, fill_counters, to_words
 from ._pieces import store_piece
 from ._pointers import f32_at, f32_scratch, i64_at, u8_at, u32_scratch
@@ -21,7 +21,7 @@ from ._threads import run
 
 __all__ = ["gather_batch"]
 
-_NS_PER_ELEMENT = 0.3
+_NS_PER_ELEMENT, _NS_PER_DRAW = 0.3, 1.5
 SCALE, BINARIZE, DEQUANTIZE = range(3)
 _TRANSFORMS = {"scale": SCALE, "binarize": BINARIZE, "dequantize": DEQUANTIZE}
 STREAM_DEQUANTIZE = 2
@@ -54,6 +54,7 @@ def _gather_kernel(
     transform: int,
     seed: int,  # int64 [1]
     N: int,
+    K: int,  # 1
     B: int,
     D: int,
     across: int,
@@ -97,15 +98,14 @@ def gather_batch(
     Raises:
         IndexError: an index is out of range. As in torch, negative ones count from the end.
     """
-    N, D = data.shape
-    B = index.numel()
-    tiles = tiles_of(B, D)
-    out = torch.empty(B, D)
+    N = data.shape[0]
+    grid = plan(torch.Size((index.numel(), data.shape[1])))
+    out = torch.empty(grid.B, grid.D, dtype=torch.float32)
     invalid = torch.zeros(1, dtype=torch.int64)
     run(
         _gather_kernel,
-        tiles,
-        _NS_PER_ELEMENT * B * D if transform == "scale" else 2.0 * B * D,
+        grid,
+        (_NS_PER_ELEMENT if transform == "scale" else _NS_PER_DRAW) * grid.elements,
         data.data_ptr(),
         data_kind(data),
         data.stride(0) * data.element_size(),
@@ -116,11 +116,7 @@ def gather_batch(
         _TRANSFORMS[transform],
         0 if seed is None else seed.data_ptr(),
         N,
-        B,
-        D,
-        tiles.across,
-        tiles.height,
-        tiles.width,
+        *grid.sizes,
         example_offset,
     )
     if invalid.item():

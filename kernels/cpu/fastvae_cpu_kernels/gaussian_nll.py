@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._data import data_kind, load_piece
 from ._jit import kernel, loop, term
-from ._layout import NO_ROWS, PIECE, Rows, counts, deliver, destination, rows_of, scalars_of, tiles_of, walkable
+from ._layout import NO_ROWS, PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
 from ._math import HALF, ONE, ZERO, exp
 from ._pieces import add_piece, store_piece
 from ._pointers import f32_at, f32_scratch, f64_at
@@ -142,32 +142,30 @@ def _launch(
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
     """(nll, weight * d nll / d mu, weight * d nll / d logvar, their column sums), each if asked for."""
-    leading, D = mu.shape[:-1], mu.shape[-1]
-    K, B = counts(leading)
-    tiles = tiles_of(K * B, D)
+    grid = plan(mu.shape)
     shared = logvar.shape != mu.shape
     # expanded over the rows, a log-variance per feature costs nothing; a scalar becomes one per feature
-    wide_logvar = (logvar.expand(D).contiguous() if shared else logvar).expand(mu.shape)
+    wide_logvar = (logvar.expand(grid.D).contiguous() if shared else logvar).expand(mu.shape)
     mu, wide_logvar, x = walkable(mu), walkable(wide_logvar), walkable(x)
-    totals = row_totals(K * B, tiles) if with_nll else None
-    mu_sums = ColumnSums(tiles, D) if column_sums else None
+    totals = row_totals(grid.leading, grid) if with_nll else None
+    mu_sums = ColumnSums(grid) if column_sums else None
     logvar_sums = None
     dmu, dlogvar = None, None
     out_mu, out_logvar = out or (None, None)
     weight_rows, dmu_rows, dlogvar_rows = NO_ROWS, NO_ROWS, NO_ROWS
     if weight is not None:
         weight, weight_rows = scalars_of(weight)
-        dmu = destination(out_mu, mu.shape)
+        dmu = destination(out_mu, mu)
         dmu_rows = rows_of(dmu)
         if not shared:
-            dlogvar = destination(out_logvar, mu.shape)
+            dlogvar = destination(out_logvar, mu)
             dlogvar_rows = rows_of(dlogvar)
         if shared or column_sums:
-            logvar_sums = ColumnSums(tiles, D)
+            logvar_sums = ColumnSums(grid)
     run(
         _gaussian_kernel,
-        tiles,
-        _NS_PER_ELEMENT * K * B * D,
+        grid,
+        _NS_PER_ELEMENT * grid.elements,
         rows_of(mu),
         rows_of(wide_logvar),
         rows_of(x),
@@ -178,17 +176,12 @@ def _launch(
         0 if totals is None else totals.data_ptr(),
         0 if mu_sums is None else mu_sums.address,
         0 if logvar_sums is None else logvar_sums.address,
-        K,
-        B,
-        D,
-        tiles.across,
-        tiles.height,
-        tiles.width,
+        *grid.sizes,
     )
     if shared and logvar_sums is not None:
         dlogvar = logvar_sums.total() if logvar.ndim == 0 else logvar_sums.per_column()
     return (
-        None if totals is None else row_sums(totals, leading, tiles),
+        None if totals is None else row_sums(totals, grid.leading, grid),
         None if dmu is None else deliver(dmu, out_mu),
         None if dlogvar is None else deliver(dlogvar, out_logvar),
         None if mu_sums is None or logvar_sums is None else (mu_sums.per_column(), logvar_sums.per_column()),

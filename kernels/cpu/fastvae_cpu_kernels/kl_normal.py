@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._jit import kernel, loop
-from ._layout import PIECE, Rows, counts, rows_of, scalars_of, tiles_of, walkable
+from ._layout import PIECE, Rows, plan, rows_of, scalars_of, walkable
 from ._math import HALF, ZERO, exp, expm1, expm1_minus
 from ._pieces import store_piece
 from ._pointers import f32_at, f32_scratch
@@ -145,50 +145,36 @@ def _kl_bwd_kernel(
 
 def kl_normal_fwd(mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logvar_p: Tensor) -> Tensor:
     """kl `[...]` float32 for four tensors `[..., L]` float32."""
-    leading, L = mu_q.shape[:-1], mu_q.shape[-1]
-    K, B = counts(leading)
-    tiles = tiles_of(K * B, L)
+    grid = plan(mu_q.shape)
     inputs = [walkable(t) for t in (mu_q, logvar_q, mu_p, logvar_p)]
-    totals = row_totals(K * B, tiles)
+    totals = row_totals(grid.leading, grid)
     run(
         _kl_fwd_kernel,
-        tiles,
-        _NS_PER_ELEMENT * K * B * L,
+        grid,
+        _NS_PER_ELEMENT * grid.elements,
         *map(rows_of, inputs),
         totals.data_ptr(),
-        K,
-        B,
-        L,
-        tiles.across,
-        tiles.height,
-        tiles.width,
+        *grid.sizes,
     )
-    return row_sums(totals, leading, tiles)
+    return row_sums(totals, grid.leading, grid)
 
 
 def kl_normal_bwd(
     dkl: Tensor, mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logvar_p: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dmu_q, dlogvar_q, dmu_p, dlogvar_p) `[..., L]` for dkl `[...]`."""
-    leading, L = mu_q.shape[:-1], mu_q.shape[-1]
-    K, B = counts(leading)
-    tiles = tiles_of(K * B, L)
+    grid = plan(mu_q.shape)
     dkl, dkl_rows = scalars_of(dkl)
     inputs = [walkable(t) for t in (mu_q, logvar_q, mu_p, logvar_p)]
     grads = torch.empty(4, *mu_q.shape)
     run(
         _kl_bwd_kernel,
-        tiles,
-        _NS_PER_ELEMENT * K * B * L,
+        grid,
+        _NS_PER_ELEMENT * grid.elements,
         dkl_rows,
         *map(rows_of, inputs),
         grads.data_ptr(),
-        K,
-        B,
-        L,
-        tiles.across,
-        tiles.height,
-        tiles.width,
+        *grid.sizes,
     )
     dmu_q, dlogvar_q, dmu_p, dlogvar_p = grads.unbind()
     return dmu_q, dlogvar_q, dmu_p, dlogvar_p

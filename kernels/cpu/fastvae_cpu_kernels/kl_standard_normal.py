@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from ._jit import kernel, loop, term
-from ._layout import PIECE, Rows, counts, deliver, destination, rows_of, scalars_of, tiles_of, walkable
+from ._layout import PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
 from ._math import HALF, ZERO, expm1, expm1_minus
 from ._pieces import store_piece
 from ._pointers import f32_at, f32_scratch
@@ -117,53 +117,39 @@ def _kl_bwd_kernel(
 
 def kl_standard_normal_fwd(mu: Tensor, logvar: Tensor) -> Tensor:
     """kl `[...]` float32 for mu, logvar `[..., L]` float32."""
-    leading, L = mu.shape[:-1], mu.shape[-1]
-    K, B = counts(leading)
-    tiles = tiles_of(K * B, L)
+    grid = plan(mu.shape)
     mu, logvar = walkable(mu), walkable(logvar)
-    totals = row_totals(K * B, tiles)
+    totals = row_totals(grid.leading, grid)
     run(
         _kl_fwd_kernel,
-        tiles,
-        _NS_PER_ELEMENT * K * B * L,
+        grid,
+        _NS_PER_ELEMENT * grid.elements,
         rows_of(mu),
         rows_of(logvar),
         totals.data_ptr(),
-        K,
-        B,
-        L,
-        tiles.across,
-        tiles.height,
-        tiles.width,
+        *grid.sizes,
     )
-    return row_sums(totals, leading, tiles)
+    return row_sums(totals, grid.leading, grid)
 
 
 def kl_standard_normal_bwd(
     dkl: Tensor, mu: Tensor, logvar: Tensor, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """(dmu, dlogvar) `[..., L]` for dkl `[...]`, written to `out` if given."""
-    leading, L = mu.shape[:-1], mu.shape[-1]
-    K, B = counts(leading)
-    tiles = tiles_of(K * B, L)
+    grid = plan(mu.shape)
     dkl, dkl_rows = scalars_of(dkl)
     mu, logvar = walkable(mu), walkable(logvar)
     out_mu, out_logvar = out or (None, None)
-    dmu, dlogvar = destination(out_mu, mu.shape), destination(out_logvar, mu.shape)
+    dmu, dlogvar = destination(out_mu, mu), destination(out_logvar, mu)
     run(
         _kl_bwd_kernel,
-        tiles,
-        _NS_PER_ELEMENT * K * B * L,
+        grid,
+        _NS_PER_ELEMENT * grid.elements,
         dkl_rows,
         rows_of(mu),
         rows_of(logvar),
         rows_of(dmu),
         rows_of(dlogvar),
-        K,
-        B,
-        L,
-        tiles.across,
-        tiles.height,
-        tiles.width,
+        *grid.sizes,
     )
     return deliver(dmu, out_mu), deliver(dlogvar, out_logvar)

@@ -10,11 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ._jit import kernel, loop
-from ._layout import PIECE, Rows, counts, deliver, destination, rows_of, scalars_of, tiles_of, walkable
+from ._layout import PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
 from ._math import HALF, ZERO, exp, expm1
 from ._philox import draw_rows, slots_per_draw
 from ._pieces import add_piece, store_piece
@@ -152,32 +151,25 @@ def reparameterize_kl_fwd(
     mu: Tensor, logvar: Tensor, seed: Tensor, example_offset: int, stream: int, per_dim: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(z `[..., L]`, kl `[...]`, kl of each latent summed over the rows `[L]` or None), float32, one pass."""
-    leading, L = mu.shape[:-1], mu.shape[-1]
-    K, B = counts(leading)
-    tiles = tiles_of(K * B, L)
+    grid = plan(mu.shape)
     mu, logvar = walkable(mu), walkable(logvar)
-    z, totals = torch.empty(mu.shape), row_totals(K * B, tiles)
-    sums = ColumnSums(tiles, L) if per_dim else None
+    z, totals = destination(None, mu), row_totals(grid.leading, grid)
+    sums = ColumnSums(grid) if per_dim else None
     run(
         _fwd_kernel,
-        tiles,
-        _NS_PER_ELEMENT * K * B * L,
+        grid,
+        _NS_PER_ELEMENT * grid.elements,
         rows_of(mu),
         rows_of(logvar),
         rows_of(z),
         totals.data_ptr(),
         0 if sums is None else sums.address,
         seed.data_ptr(),
-        K,
-        B,
-        L,
-        tiles.across,
-        tiles.height,
-        tiles.width,
+        *grid.sizes,
         example_offset,
         stream,
     )
-    return z, row_sums(totals, leading, tiles), None if sums is None else sums.per_column()
+    return z, row_sums(totals, grid.leading, grid), None if sums is None else sums.per_column()
 
 
 def reparameterize_kl_bwd(
@@ -196,17 +188,15 @@ def reparameterize_kl_bwd(
         return kl_standard_normal_bwd(dkl, mu, logvar, out)
     if dkl is None:
         return samples_backward(dz, None, None, logvar, seed, None, False, example_offset, 0, stream, out)
-    leading, L = mu.shape[:-1], mu.shape[-1]
-    K, B = counts(leading)
-    tiles = tiles_of(K * B, L)
+    grid = plan(mu.shape)
     dz, mu, logvar = walkable(dz), walkable(mu), walkable(logvar)
     dkl, dkl_rows = scalars_of(dkl)
     out_mu, out_logvar = out or (None, None)
-    dmu, dlogvar = destination(out_mu, mu.shape), destination(out_logvar, mu.shape)
+    dmu, dlogvar = destination(out_mu, mu), destination(out_logvar, mu)
     run(
         _bwd_kernel,
-        tiles,
-        _NS_PER_ELEMENT * K * B * L,
+        grid,
+        _NS_PER_ELEMENT * grid.elements,
         rows_of(dz),
         dkl_rows,
         rows_of(mu),
@@ -214,12 +204,7 @@ def reparameterize_kl_bwd(
         rows_of(dmu),
         rows_of(dlogvar),
         seed.data_ptr(),
-        K,
-        B,
-        L,
-        tiles.across,
-        tiles.height,
-        tiles.width,
+        *grid.sizes,
         example_offset,
         stream,
     )
