@@ -77,6 +77,10 @@ class TrainConfig:
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     """Matrix products: float32; float32 through TF32 tensor cores; bfloat16 autocast with float32 weights."""
+    cuda_graph: bool = True
+    """On CUDA: record the step once as a CUDA graph and replay it."""
+    compile: bool = False
+    """Run the model through torch.compile inside the step."""
     log_every: int = 100
     """Steps between lines of metrics.jsonl (and reads of the device)."""
     eval_every: int = 1

@@ -40,7 +40,7 @@ def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter], num_trai
     if config.optimizer == "adagrad":
         return torch.optim.Adagrad(parameters, lr=torch.tensor(config.lr), weight_decay=weight_decay)
     lr = torch.tensor(config.lr, device=device)
-    return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True, capturable=device.type == "cuda")
 
 
 def _schedules(config: TrainConfig, num_steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,10 @@ class TrainingStep:
         self.order = torch.empty(len(data), dtype=torch.int64, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.metrics = torch.zeros(config.log_every, 3, device=device)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+        # a cache of cast weights would outlive the step that a graph replays
+        self.autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=config.precision == "bf16", cache_enabled=False
+        )
 
     def start_epoch(self, epoch: int) -> None:
         """Make the order of an epoch's examples: a function of (seed, epoch)."""

@@ -1,0 +1,76 @@
+"""The training step as a CUDA graph: after a few eager steps, one launch per step instead of dozens.
+
+A step is a function of device state alone (see `fastvae.step`), so that replaying what it launched once is taking it
+again: step counter, seed, learning rate, KL weight and the order of the examples are read from the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fastvae.config import TrainConfig
+from fastvae.step import TrainingStep
+
+__all__ = ["CapturedStep", "captured"]
+
+WARM_UP = 3
+"""Steps taken eagerly first: kernels are compiled, the optimiser's state and the libraries' workspaces are made."""
+
+
+def captured(step: TrainingStep, config: TrainConfig) -> tuple[Callable[[], None], str | None]:
+    """What takes a step fastest, and one line that says why it is not a CUDA graph where one was asked for."""
+    if not config.cuda_graph or step.data.device.type != "cuda":
+        return step, None
+    if config.optimizer == "adagrad":
+        return step, "no CUDA graph: torch's Adagrad keeps its step counter on the host"
+    return CapturedStep(step), None
+
+
+class CapturedStep:
+    """Calling it takes one step: eagerly at first, then by replaying the graph.
+
+    Attributes:
+        failure: why the step could not be captured and is eager for good, or None.
+    """
+
+    def __init__(self, step: TrainingStep) -> None:
+        self.step = step
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.failure: str | None = None
+        self.taken = 0
+        self.stream = torch.cuda.Stream(step.data.device)
+
+    def __call__(self) -> None:
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.failure is not None:
+            self.step()
+        elif self.taken < WARM_UP:
+            self._on_side_stream()
+        else:
+            self._capture()
+            self()
+            return
+        self.taken += 1
+
+    def _on_side_stream(self) -> None:
+        current = torch.cuda.current_stream(self.step.data.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            self.step()
+        current.wait_stream(self.stream)
+
+    def _capture(self) -> None:
+        """Record a step without taking it."""
+        graph = torch.cuda.CUDAGraph()
+        # the gradients are then allocated from the graph's own memory
+        self.step.optimizer.zero_grad(set_to_none=True)
+        try:
+            with torch.cuda.graph(graph):
+                self.step()
+        except RuntimeError as error:
+            self.failure = f"no CUDA graph: the step cannot be captured ({str(error).splitlines()[0]})"
+        else:
+            self.graph = graph
