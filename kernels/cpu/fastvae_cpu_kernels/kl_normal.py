@@ -11,11 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ._jit import kernel, loop
-from ._layout import PIECE, Rows, plan, rows_of, scalars_of, walkable
+from ._layout import PIECE, Rows, destination, plan, rows_of, scalars_of, walkable
 from ._math import HALF, ZERO, exp, expm1, expm1_minus
 from ._pieces import store_piece
 from ._pointers import f32_at, f32_scratch
@@ -105,7 +104,10 @@ def _kl_bwd_kernel(
     logvar_q: Rows,
     mu_p: Rows,
     logvar_p: Rows,
-    grads: int,  # float32 [4, K * B, L], contiguous: dmu_q, dlogvar_q, dmu_p, dlogvar_p
+    dmu_q: Rows,
+    dlogvar_q: Rows,
+    dmu_p: Rows,
+    dlogvar_p: Rows,
     K: int,
     B: int,
     L: int,
@@ -113,11 +115,12 @@ def _kl_bwd_kernel(
     height: int,
     width: int,
 ) -> None:
-    dmu_q, dlogvar_q, dmu_p, dlogvar_p = f32_scratch(512), f32_scratch(512), f32_scratch(512), f32_scratch(512)
+    mu_q_piece, logvar_q_piece = f32_scratch(512), f32_scratch(512)
+    mu_p_piece, logvar_p_piece = f32_scratch(512), f32_scratch(512)
     for tile in range(first_tile, last_tile):
         block, part = tile // across, tile % across
         k, b = block * height // B, block * height % B
-        for r in range(block * height, min(K * B, (block + 1) * height)):
+        for _ in range(block * height, min(K * B, (block + 1) * height)):
             end = min(L, (part + 1) * width)
             for d in range(part * width, end, PIECE):
                 count = min(PIECE, end - d)
@@ -127,17 +130,16 @@ def _kl_bwd_kernel(
                     f32_at(logvar_q[0] + k * logvar_q[1] + b * logvar_q[2] + 4 * d),
                     f32_at(mu_p[0] + k * mu_p[1] + b * mu_p[2] + 4 * d),
                     f32_at(logvar_p[0] + k * logvar_p[1] + b * logvar_p[2] + 4 * d),
-                    dmu_q,
-                    dlogvar_q,
-                    dmu_p,
-                    dlogvar_p,
+                    mu_q_piece,
+                    logvar_q_piece,
+                    mu_p_piece,
+                    logvar_p_piece,
                     count,
                 )
-                out, step = grads + 4 * (r * L + d), 4 * K * B * L
-                store_piece(dmu_q, f32_at(out), count)
-                store_piece(dlogvar_q, f32_at(out + step), count)
-                store_piece(dmu_p, f32_at(out + 2 * step), count)
-                store_piece(dlogvar_p, f32_at(out + 3 * step), count)
+                store_piece(mu_q_piece, f32_at(dmu_q[0] + k * dmu_q[1] + b * dmu_q[2] + 4 * d), count)
+                store_piece(logvar_q_piece, f32_at(dlogvar_q[0] + k * dlogvar_q[1] + b * dlogvar_q[2] + 4 * d), count)
+                store_piece(mu_p_piece, f32_at(dmu_p[0] + k * dmu_p[1] + b * dmu_p[2] + 4 * d), count)
+                store_piece(logvar_p_piece, f32_at(dlogvar_p[0] + k * dlogvar_p[1] + b * dlogvar_p[2] + 4 * d), count)
             b += 1
             if b == B:
                 k, b = k + 1, 0
@@ -166,15 +168,15 @@ def kl_normal_bwd(
     grid = plan(mu_q.shape)
     dkl, dkl_rows = scalars_of(dkl)
     inputs = [walkable(t) for t in (mu_q, logvar_q, mu_p, logvar_p)]
-    grads = torch.empty(4, *mu_q.shape)
+    grads = [destination(None, mu_q) for _ in range(4)]
     run(
         _kl_bwd_kernel,
         grid,
         _NS_PER_ELEMENT * grid.elements,
         dkl_rows,
         *map(rows_of, inputs),
-        grads.data_ptr(),
+        *map(rows_of, grads),
         *grid.sizes,
     )
-    dmu_q, dlogvar_q, dmu_p, dlogvar_p = grads.unbind()
+    dmu_q, dlogvar_q, dmu_p, dlogvar_p = grads
     return dmu_q, dlogvar_q, dmu_p, dlogvar_p
