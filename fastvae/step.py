@@ -74,6 +74,7 @@ class TrainingStep:
     ) -> None:
         device = data.device
         self.config, self.model, self.optimizer, self.data = config, model, optimizer, data
+        self.forward = torch.compile(model) if config.compile else model
         self.steps_per_epoch = len(data) // config.batch_size
         self.lr, self.beta = _schedules(config, num_steps, device)
         self.key = stream_seed(config.seed)
@@ -97,7 +98,7 @@ class TrainingStep:
         position = step % self.steps_per_epoch * config.batch_size + self.batch
         x = F.gather_batch(self.data, self.order.index_select(0, position), transform=config.transform, seed=seed)
         with self.autocast:
-            loss, nll, kl = self.model(x, seed=seed, beta=self.beta.index_select(0, step), free_bits=config.free_bits)
+            loss, nll, kl = self.forward(x, seed=seed, beta=self.beta.index_select(0, step), free_bits=config.free_bits)
         self.optimizer.zero_grad(set_to_none=True)
         loss.sum().backward()
         if config.clip_grad_norm is not None:
