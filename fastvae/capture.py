@@ -19,40 +19,34 @@ WARM_UP = 3
 """Steps taken eagerly first: kernels are compiled, the optimiser's state and the libraries' workspaces are made."""
 
 
-def captured(step: TrainingStep, config: TrainConfig) -> tuple[Callable[[], None], str | None]:
-    """What takes a step fastest, and one line that says why it is not a CUDA graph where one was asked for."""
+def captured(step: TrainingStep, config: TrainConfig, say: Callable[[str], None]) -> Callable[[], None]:
+    """What takes a step fastest. Where that is no CUDA graph though one was asked for, `say` gets a line on why."""
     if not config.cuda_graph or step.data.device.type != "cuda":
-        return step, None
+        return step
     if config.optimizer == "adagrad":
-        return step, "no CUDA graph: torch's Adagrad keeps its step counter on the host"
-    return CapturedStep(step), None
+        say("no CUDA graph: torch's Adagrad keeps its step counter on the host")
+        return step
+    return CapturedStep(step, say)
 
 
 class CapturedStep:
-    """Calling it takes one step: eagerly at first, then by replaying the graph.
+    """Calling it takes one step: eagerly at first, then by replaying the graph; eagerly for good if capture fails."""
 
-    Attributes:
-        failure: why the step could not be captured and is eager for good, or None.
-    """
-
-    def __init__(self, step: TrainingStep) -> None:
-        self.step = step
+    def __init__(self, step: TrainingStep, say: Callable[[str], None]) -> None:
+        self.step, self.say = step, say
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.failure: str | None = None
         self.taken = 0
         self.stream = torch.cuda.Stream(step.data.device)
 
     def __call__(self) -> None:
+        if self.taken == WARM_UP:
+            self._capture()
         if self.graph is not None:
             self.graph.replay()
-        elif self.failure is not None:
-            self.step()
         elif self.taken < WARM_UP:
             self._on_side_stream()
         else:
-            self._capture()
-            self()
-            return
+            self.step()
         self.taken += 1
 
     def _on_side_stream(self) -> None:
@@ -71,6 +65,6 @@ class CapturedStep:
             with torch.cuda.graph(graph):
                 self.step()
         except RuntimeError as error:
-            self.failure = f"no CUDA graph: the step cannot be captured ({str(error).splitlines()[0]})"
+            self.say(f"no CUDA graph: the step cannot be captured ({str(error).splitlines()[0]})")
         else:
             self.graph = graph

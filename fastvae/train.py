@@ -73,12 +73,10 @@ def _train(config: TrainConfig, run: Run | None) -> Path:
         run.write_config(config)
         say = (f"{skipped}\n" if skipped else "") + f"{run.path}: resumed at step {done} of {num_steps} on {device}"
 
-    take_step, note = captured(step, config)
     log, evaluation = _Log(run, config, done), None
     with TrainingProgress(done, num_steps) as progress, _signals() as signals, matmul_precision(config.precision):
         progress.say(f"{say}\nnumbers are nats per example ({config.nll_label})")
-        if note:
-            progress.say(note)
+        take_step = captured(step, config, progress.say)
         for number in range(done, num_steps):
             if number == done or number % steps_per_epoch == 0:
                 step.start_epoch(number // steps_per_epoch)
