@@ -51,16 +51,20 @@ def skip_unsupported(kernels: ModuleType, op: str, *tensors: Tensor) -> None:
         pytest.skip(reason)
 
 
+def _poison(t: Tensor) -> float:
+    return float("nan") if t.is_floating_point() else 1
+
+
 def _sliced(t: Tensor) -> Tensor:
     """Columns 1 .. L of a wider tensor: rows far apart, and the first one misaligned."""
-    wide = t.new_full((*t.shape[:-1], t.shape[-1] + 3), float("nan"))
+    wide = t.new_full((*t.shape[:-1], t.shape[-1] + 3), _poison(t))
     wide[..., 1:-2] = t
     return wide[..., 1:-2]
 
 
 def _odd_offset(t: Tensor) -> Tensor:
     """The same contiguous values, one element into their storage: no vector access is aligned."""
-    storage = t.new_full((t.numel() + 1,), float("nan"))
+    storage = t.new_full((t.numel() + 1,), _poison(t))
     storage[1:] = t.flatten()
     return storage[1:].view(t.shape)
 

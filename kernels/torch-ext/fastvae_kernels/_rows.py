@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._layout import device_guard, grid_1d
+from ._layout import Rows, as_rows, device_guard, grid_1d
 
 _PROGRAMS = 512  # about four for each multiprocessor of the largest GPUs
 _LONG = 16384  # elements of a row that may be split
@@ -75,6 +75,13 @@ def column_walk(num_rows: int, num_elements: int, itemsize: int) -> Walk:
     return Walk(rows, cols, 0, triton.cdiv(all_tiles, tiles), tiles, splits, 1, warps=2 * itemsize)
 
 
+def output_rows(out: Tensor) -> Rows:
+    """`as_rows` of a tensor that a kernel writes, which must not be a copy."""
+    rows = as_rows(out)
+    assert rows.tensor is out or out.ndim < 2, "three strides must be able to walk an output"
+    return rows
+
+
 @triton.jit
 def locate_rows(first, num_examples, ROWS: tl.constexpr, SAMPLES: tl.constexpr):
     """(row, k, b), each `[ROWS, 1]` int64, of the rows k * B + b from `first` (int64) on; k is 0 without SAMPLES."""
@@ -92,14 +99,13 @@ def locate_rows(first, num_examples, ROWS: tl.constexpr, SAMPLES: tl.constexpr):
 
 @triton.jit
 def _sum_columns(partial_ptr, out_ptr, block, height, width, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    row = tl.arange(0, HEIGHT)[:, None].to(tl.int64)
-    col = block * WIDTH + tl.arange(0, WIDTH)[None, :]
-    total = tl.zeros((HEIGHT, WIDTH), tl.float32)
+    row = tl.arange(0, HEIGHT)[None, :].to(tl.int64)
+    col = block * WIDTH + tl.arange(0, WIDTH)[:, None]
+    total = tl.zeros((WIDTH, HEIGHT), tl.float32)
     for _ in range(0, height, HEIGHT):
         total += tl.load(partial_ptr + row * width + col, (row < height) & (col < width), other=0.0)
         row += HEIGHT
-    col = block * WIDTH + tl.arange(0, WIDTH)
-    tl.store(out_ptr + col, tl.sum(total, axis=0), col < width)
+    tl.store(out_ptr + col, tl.sum(total, axis=1, keep_dims=True), col < width)
 
 
 @triton.jit(do_not_specialize=["height", "width", "second_height", "second_width"])

@@ -25,7 +25,7 @@ from ._data import as_bytes, binarize, unit_interval
 from ._layout import Rows, as_rows, device_guard, grid_1d, merge_rows, vector_width
 from ._math import exp_half
 from ._philox import load_key
-from ._rows import column_walk, locate_rows, row_walk, sum_partials
+from ._rows import column_walk, locate_rows, output_rows, row_walk, sum_partials
 
 # a padded logit: with x = 0 it costs max(l, 0) - x l = 0 and e = 0, exactly, in every dtype
 _PADDING = tl.constexpr(-60000.0)
@@ -246,8 +246,7 @@ def _launch(
     """One pass over logits and x: (nll, column sums) as far as they are wanted, and the gradient into `dlogits`."""
     *leading, D = logits.shape
     x, levels = as_bytes(x)
-    rows = [as_rows(logits), as_rows(x), as_rows(logits if dlogits is None else dlogits)]
-    assert dlogits is None or rows[2].tensor is dlogits, "three strides must be able to walk the output"
+    rows = [as_rows(logits), as_rows(x), as_rows(logits) if dlogits is None else output_rows(dlogits)]
     width = vector_width(D, *rows)
     rows.append(Rows(logits, 0, 0, 0) if weight is None else as_rows(weight, event=False))
     if binarize_seed is None:

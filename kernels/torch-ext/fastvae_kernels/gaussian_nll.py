@@ -20,7 +20,7 @@ from torch import Tensor
 from ._data import as_bytes, unit_interval
 from ._layout import Rows, as_rows, device_guard, grid_1d, merge_rows, vector_width
 from ._math import exp_half
-from ._rows import column_walk, locate_rows, row_walk, sum_partials
+from ._rows import column_walk, locate_rows, output_rows, row_walk, sum_partials
 
 _LOG_2_PI = tl.constexpr(1.8378770664093453)
 
@@ -204,9 +204,7 @@ def _launch(
     mu_rows = as_rows(mu)
     rows = [mu_rows, as_rows(logvar.expand(mu.shape)), as_rows(x)]
     # what is absent gets the strides of mu, which are not used
-    rows += [mu_rows if t is None else as_rows(t) for t in (dmu, dlogvar)]
-    assert dmu is None or rows[3].tensor is dmu, "three strides must be able to walk the output"
-    assert dlogvar is None or rows[4].tensor is dlogvar, "three strides must be able to walk the output"
+    rows += [mu_rows if t is None else output_rows(t) for t in (dmu, dlogvar)]
     width = vector_width(D, *rows)
     rows.append(Rows(mu, 0, 0, 0) if weight is None else as_rows(weight, event=False))
     K, B, (mu_rows, logvar_rows, x_rows, dmu_rows, dlogvar_rows, weight_rows) = merge_rows(mu.shape, *rows)
