@@ -88,7 +88,7 @@ class BernoulliLoss(_OnePass):
         return ctx.kernels.bernoulli_nll_with_grad(*inputs, ctx.example_offset, False)[:2]
 
     @staticmethod
-    def reference_loss(ctx: Any, logits: Tensor, x: Tensor, row_weight: Tensor, seed: Grad) -> Tensor:  # type: ignore[override]
+    def reference_loss(ctx: Any, logits: Tensor, x: Tensor, row_weight: Tensor, seed: Grad) -> Tensor:
         nll = reference.bernoulli_nll(logits, x, binarize_seed=seed, example_offset=ctx.example_offset)
         return (row_weight * nll).sum()
 
@@ -112,7 +112,7 @@ class GaussianLoss(_OnePass):
         return ctx.kernels.gaussian_nll_with_grad(*inputs, False)[:3]
 
     @staticmethod
-    def reference_loss(ctx: Any, mu: Tensor, logvar: Tensor, x: Tensor, row_weight: Tensor) -> Tensor:  # type: ignore[override]
+    def reference_loss(ctx: Any, mu: Tensor, logvar: Tensor, x: Tensor, row_weight: Tensor) -> Tensor:
         return (row_weight * reference.gaussian_nll(mu, logvar, x)).sum()
 
 
@@ -155,5 +155,5 @@ class LinearBernoulliLoss(_OnePass):
         return nll, dlogits @ weight, dweight, dbias.to(bias.dtype)
 
     @staticmethod
-    def reference_loss(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Tensor:  # type: ignore[override]
+    def reference_loss(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Tensor:
         return BernoulliLoss.reference_loss(ctx, torch.nn.functional.linear(h, weight, bias), *rest)
