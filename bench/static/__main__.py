@@ -73,10 +73,7 @@ def run(arguments: Arguments) -> None:
         raise SystemExit("TRITON_INTERPRET is set, and an interpreted kernel cannot be compiled: unset it")
     if arguments.update_baseline and (arguments.op or len(arguments.arch) < 5):
         raise SystemExit("--update-baseline takes all cases and architectures: leave out --op and --arch")
-    try:
-        results = collect(arguments.arch, arguments.op, all_shapes=arguments.all_shapes, jobs=arguments.jobs)
-    except RuntimeError as error:
-        raise SystemExit(str(error)) from error
+    results = collect(arguments.arch, arguments.op, all_shapes=arguments.all_shapes, jobs=arguments.jobs)
     if not results:
         raise SystemExit(f"no case contains {arguments.op!r}")
     if arguments.update_baseline:
@@ -98,4 +95,7 @@ def run(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Arguments))
+    try:
+        run(tyro.cli(Arguments))
+    except (RuntimeError, ValueError) as error:
+        raise SystemExit(str(error)) from error

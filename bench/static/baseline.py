@@ -34,7 +34,7 @@ def _widths(result: Result) -> dict[str, list[int]]:
     for kernel in result.kernels:
         by_argument = {name: argument.widths for name, argument in kernel.arguments.items() if argument.widths}
         for name, bits in (by_argument or {"loads": kernel.loads, "stores": kernel.stores}).items():
-            found.setdefault(f"{kernel.name}.{name}", set()).update(bits)
+            found.setdefault(name, set()).update(bits)
     return {name: [min(bits), max(bits)] for name, bits in found.items() if bits}
 
 
@@ -94,7 +94,7 @@ def compare(result: Result, was: Entry | None, *, counts: bool) -> list[str]:
     now = entry(result)
     found = []
     for name, (narrow, wide) in was["widths"].items():
-        narrow_now, wide_now = now["widths"].get(name, (narrow, wide))
+        narrow_now, wide_now = now["widths"].get(name, (0, 0))
         if narrow_now < narrow or wide_now < wide:
             found.append(f"{where}: accesses to {name} had {narrow} to {wide} bits, now {narrow_now} to {wide_now}")
     if not counts:
@@ -110,5 +110,5 @@ def compare(result: Result, was: Entry | None, *, counts: bool) -> list[str]:
     for key, label in labels.items():
         if now[key] > ALLOWED * was[key]:
             percent = 100.0 * (now[key] / was[key] - 1.0)
-            found.append(f"{where}: {label} {was[key]:,.6g}, now {now[key]:,.6g} (+{percent:.1f} %) in {names}")
+            found.append(f"{where}: {label} {was[key]:,}, now {now[key]:,} (+{percent:.1f} %) in {names}")
     return found
