@@ -50,7 +50,7 @@ class Arguments:
     """Where."""
     threads: int = 1
     """CPU threads of torch and of the kernels; with 1 the process stays on one core."""
-    seconds: float = 0.8
+    seconds: float = 0.6
     """Time for one op, shape and mode, all providers together, once they are warm."""
     base: str | None = None
     """Compare with this git revision of the library instead of with rivals."""

@@ -16,7 +16,7 @@ import tyro
 
 from bench import plots, records
 from bench.records import Record
-from bench.rivals import OURS
+from bench.rivals import FLOOR, OURS
 from bench.tables import fastest_rival, kernel_lines, kernel_tables, markdown, revision_table, throughput_tables, what
 
 
@@ -60,7 +60,7 @@ def lost(found: Sequence[Record]) -> list[str]:
     ours = {_setting(r): r["images_per_s"][1] for r in throughput if r["provider"] == OURS}
     for r in throughput:
         share = ours.get(_setting(r), math.inf) / r["images_per_s"][1]
-        if share < 1.0 and r["of_floor"] != [1.0, 1.0, 1.0]:
+        if share < 1.0 and r["provider"] != FLOOR:
             setting = f"{r['model']}, batch {r['batch_size']}, {r['condition']}"
             lines.append((share, f"{setting}: {r['provider']} makes {1 / share:.2f} times our images/s"))
     return [text for _, text in sorted(lines)]

@@ -29,7 +29,7 @@ def _synchronised(call: Callable[[], object]) -> Callable[[], object]:
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward", "both"])
-@pytest.mark.parametrize("case", cases(DEVICE), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(cases(DEVICE)), ids=lambda case: case.name)
 def test_op(benchmark: BenchmarkFixture, case: Case, mode: str) -> None:
     inputs = case.inputs(DEVICE)
     if mode not in OPS[case.op].bytes(case, inputs):
