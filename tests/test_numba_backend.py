@@ -1,0 +1,279 @@
+"""The Numba kernels as machinery: threads, layouts, the cache on disk, vectorised code. Their values: test_ops_*."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fastvae_cpu_kernels as kernels
+import numba
+import pytest
+import torch
+from fastvae_cpu_kernels import _jit, _layout, _threads
+from torch import Tensor
+
+from fastvae import reference
+
+PACKAGE = Path(_jit.__file__).parent
+SEED = torch.tensor([-(2**62) + 12345])
+
+
+def every_op(*leading: int, D: int, samples: int = 3) -> dict[str, Callable[[], object]]:
+    """Every entry point of the package on random tensors `[*leading, D]`."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    a, b, c, d, e = (normal(*leading, D) for _ in range(5))
+    row, weight = normal(*leading), normal(*leading)
+    x = torch.randint(0, 256, (*leading, D), dtype=torch.uint8, generator=generator)
+    dz, dr = normal(samples, *leading, D), normal(samples, *leading)
+    shared = normal(D)
+    data = torch.randint(0, 256, (64, D), dtype=torch.uint8, generator=generator)
+    index = torch.randint(0, 64, (leading[-1],), generator=generator)
+    return {
+        "reparameterize_fwd": lambda: kernels.reparameterize_fwd(a, b, SEED, samples, 5, 2, 0),
+        "reparameterize_bwd": lambda: kernels.reparameterize_bwd(dz, b, SEED, samples, 5, 2, 0),
+        "kl_standard_normal_fwd": lambda: kernels.kl_standard_normal_fwd(a, b),
+        "kl_standard_normal_bwd": lambda: kernels.kl_standard_normal_bwd(row, a, b),
+        "kl_normal_fwd": lambda: kernels.kl_normal_fwd(a, b, c, d),
+        "kl_normal_bwd": lambda: kernels.kl_normal_bwd(row, a, b, c, d),
+        "reparameterize_kl_fwd": lambda: kernels.reparameterize_kl_fwd(a, b, SEED, 5, 0, True),
+        "reparameterize_kl_bwd": lambda: kernels.reparameterize_kl_bwd(e, row, a, b, SEED, 5, 0),
+        "log_ratio_fwd": lambda: kernels.reparameterize_log_ratio_fwd(a, b, SEED, samples, 5, 2),
+        "log_ratio_bwd": lambda: kernels.reparameterize_log_ratio_bwd(dz, dr, a, b, SEED, samples, False, 5, 2),
+        "log_ratio_landing": lambda: kernels.reparameterize_log_ratio_bwd(dz, dr, a, b, SEED, samples, True, 5, 2),
+        "bernoulli_nll_fwd": lambda: kernels.bernoulli_nll_fwd(a, x, None, 0),
+        "bernoulli_nll_bwd": lambda: kernels.bernoulli_nll_bwd(row, a, x, None, 0),
+        "bernoulli_with_grad": lambda: kernels.bernoulli_nll_with_grad(a, x, weight, SEED, 5, True),
+        "gaussian_nll_fwd": lambda: kernels.gaussian_nll_fwd(a, b, x),
+        "gaussian_nll_bwd": lambda: kernels.gaussian_nll_bwd(row, a, b, x),
+        "gaussian_with_grad": lambda: kernels.gaussian_nll_with_grad(a, b, x, weight, True),
+        "gaussian_per_feature": lambda: kernels.gaussian_nll_bwd(row, a, shared, x),
+        "gaussian_scalar": lambda: kernels.gaussian_nll_bwd(row, a, torch.tensor(0.3), x),
+        "gather_batch": lambda: kernels.gather_batch(data, index, "binarize", SEED, 5, torch.float32),
+    }
+
+
+def flat(result: object) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [t for part in result for t in flat(part)] if isinstance(result, tuple) else []
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def always_share(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(_threads, "_WORTH_SHARING_NS", -1)
+    monkeypatch.setattr(_threads._Patience, "share", lambda self: True)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("always_share")
+@pytest.mark.parametrize("shape", [(150, 37), (2, 5, 9001)], ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(shape: tuple[int, ...]) -> None:
+    for name, op in every_op(*shape[:-1], D=shape[-1]).items():
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(flat(op()))
+        for other in results[1:]:
+            assert all(map(torch.equal, results[0], other)), name
+
+
+@pytest.mark.usefixtures("always_share")
+def test_idle_helpers_do_not_spin() -> None:
+    torch.set_num_threads(2)
+    mu = torch.randn(500, 64)
+    kernels.kl_standard_normal_fwd(mu, mu)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.1
+
+
+@pytest.mark.usefixtures("always_share")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_a_forked_child_starts_its_own_helpers() -> None:
+    torch.set_num_threads(2)
+    mu = torch.randn(500, 64)
+    expected = kernels.kl_standard_normal_fwd(mu, mu)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking a process with threads is what is tested
+        child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        same = torch.equal(kernels.kl_standard_normal_fwd(mu, mu), expected) and _threads._helpers == 1
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_sharing_pauses_while_it_does_not_pay() -> None:
+    patience = _threads._Patience()
+    skipped = []
+    for _ in range(4):
+        assert patience.share()
+        patience.learn(False)
+        skipped.append(patience.skip)
+        while patience.skip:
+            assert not patience.share()
+    assert skipped == [1, 2, 4, 8]
+    patience.learn(True)
+    assert patience.share()
+
+
+# --- shapes and layouts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0), (2, 0, 7)], ids=str)
+def test_empty_tensors(shape: tuple[int, ...]) -> None:
+    for name, op in every_op(*shape[:-1], D=shape[-1]).items():
+        assert all(not t.any() for t in flat(op())), f"{name}: not zero"
+
+
+def test_rows_of_a_million() -> None:
+    D = 10**6
+    generator = torch.Generator().manual_seed(1)
+    mu, logvar, dz = (torch.randn(2, D, generator=generator) for _ in range(3))
+    x = torch.rand(2, D, generator=generator)
+    weight = torch.tensor([1.0, -2.0])
+    z, kl, _ = kernels.reparameterize_kl_fwd(mu, logvar, SEED, 0, 0, False)
+    wide = (mu.double(), logvar.double())
+    torch.testing.assert_close(kl.double(), reference.kl_standard_normal(*wide), rtol=2e-7, atol=0)
+    # in float32, as the rounding of a uniform just below 1 is part of the noise
+    torch.testing.assert_close(z, reference.reparameterize(mu, logvar, SEED), rtol=1e-5, atol=1e-5)
+    nll, dlogits, sums = kernels.bernoulli_nll_with_grad(mu, x, weight, None, 0, True)
+    torch.testing.assert_close(nll.double(), reference.bernoulli_nll(wide[0], x.double()), rtol=2e-7, atol=0)
+    torch.testing.assert_close(dlogits, weight[:, None] * (torch.sigmoid(mu) - x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sums, dlogits.sum(0), rtol=1e-6, atol=1e-6)
+    nll = kernels.gaussian_nll_fwd(mu, logvar, x)
+    torch.testing.assert_close(nll.double(), reference.gaussian_nll(*wide, x.double()), rtol=2e-7, atol=0)
+    dmu, _ = kernels.reparameterize_kl_bwd(dz, weight, mu, logvar, SEED, 0, 0)
+    torch.testing.assert_close(dmu, dz + weight[:, None] * mu, rtol=1e-6, atol=1e-6)
+
+
+def _layouts(t: Tensor) -> dict[str, Tensor]:
+    """Views with the values of `t` `[2, 3, D]`."""
+    wide = t.new_full((2, 3, 2 * t.shape[-1]), float("nan"))
+    wide[..., ::2] = t
+    shifted = t.new_full((t.numel() + 1,), float("nan"))
+    shifted[1:] = t.flatten()
+    padded = t.new_full((2, 3, t.shape[-1] + 3), float("nan"))
+    padded[..., 2:-1] = t
+    return {
+        "every second column": wide[..., ::2],
+        "odd offset": shifted[1:].view(t.shape),
+        "columns of a wider tensor": padded[..., 2:-1],
+        "transposed leading dimensions": t.transpose(0, 1).contiguous().transpose(0, 1),
+        "transposed event": t.transpose(-1, -2).contiguous().transpose(-1, -2),
+    }
+
+
+def test_any_strides_in_and_out() -> None:
+    mu, logvar, dz = (torch.randn(2, 3, 37) for _ in range(3))
+    dkl = torch.randn(2, 3)
+    expected = kernels.reparameterize_kl_bwd(dz, dkl, mu, logvar, SEED, 0, 0)
+    for name in _layouts(mu):
+        inputs = [_layouts(t)[name] for t in (dz, mu, logvar)]
+        out = tuple(_layouts(torch.zeros(2, 3, 37))[name] for _ in range(2))
+        result = kernels.reparameterize_kl_bwd(inputs[0], dkl.T.contiguous().T, *inputs[1:], SEED, 0, 0, out)
+        assert all(map(torch.equal, result, expected)), name
+        assert all(r.data_ptr() == o.data_ptr() for r, o in zip(result, out)), name
+
+
+def test_four_dimensions_that_do_not_collapse_are_copied() -> None:
+    mu = torch.randn(2, 4, 3, 8)
+    view = mu.transpose(0, 1).contiguous().transpose(0, 1)
+    assert _layout.walkable(view) is not view
+    assert torch.equal(kernels.kl_standard_normal_fwd(view, view), kernels.kl_standard_normal_fwd(mu, mu))
+
+
+def test_in_place_is_out_of_place() -> None:
+    mu, logvar, x, weight = torch.randn(70, 1100), torch.randn(70, 1100), torch.rand(70, 1100), torch.rand(70)
+    nll, *expected, sums = kernels.gaussian_nll_with_grad(mu, logvar, x, weight, True)
+    again, *result, sums_again = kernels.gaussian_nll_with_grad(mu, logvar, x, weight, True, (mu, logvar))
+    assert result[0] is mu
+    assert result[1] is logvar
+    assert all(map(torch.equal, [nll, *expected, *sums], [again, *result, *sums_again]))
+
+
+# --- compiled code ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86 assembly")
+@pytest.mark.parametrize(
+    ("module", "name", "packed"),
+    [
+        ("bernoulli_nll", "_bernoulli_kernel", {"roundps": 3, "divps": 2, "pmuludq": 20}),
+        ("gaussian_nll", "_gaussian_kernel", {"roundps": 3}),
+        ("reparameterize_kl", "_fwd_kernel", {"roundps": 2, "sqrtps": 2, "pmuludq": 20}),
+        ("reparameterize_kl", "_bwd_kernel", {"roundps": 2, "sqrtps": 2, "pmuludq": 20}),
+        ("_samples", "_bwd_kernel", {"roundps": 1, "sqrtps": 2, "pmuludq": 20}),
+    ],
+)
+def test_hot_loops_are_vectorised(module: str, name: str, packed: dict[str, int]) -> None:
+    """Each loop with an exponential, root, division or Philox round has it as an instruction on whole vectors.
+
+    A branch, a call, or a conversion in such a loop would leave the scalar instruction alone: eight times slower.
+    """
+    function = getattr(importlib.import_module(f"fastvae_cpu_kernels.{module}"), name).py_func
+    rows = [p.annotation == "Rows" for p in inspect.signature(function).parameters.values()]
+    compiled = numba.njit(**_jit._KERNEL)(function)  # what the cache holds cannot be inspected
+    compiled(*((0, 0, 0) if is_rows else 0 for is_rows in rows))
+    (assembly,) = compiled.inspect_asm().values()
+    for instruction, at_least in packed.items():
+        pattern = rf"\bv?{instruction}\s".replace("roundps", "(?:round|rndscale)ps")
+        assert len(re.findall(pattern, assembly)) >= at_least, instruction
+
+
+def test_the_cache_is_used_by_other_processes_and_by_no_other_source(tmp_path: Path) -> None:
+    """An edit of `_math.py`, which Numba does not see behind a kernel of another file, must be seen."""
+    package = tmp_path / "fastvae_cpu_kernels"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    script = (
+        "import sys, torch, fastvae_cpu_kernels as k\n"
+        "assert 'numba' not in sys.modules\n"
+        "print(k.kl_standard_normal_fwd(torch.zeros(1, 1), torch.ones(1, 1)).item())\n"
+        "from fastvae_cpu_kernels.kl_standard_normal import _kl_fwd_kernel\n"
+        "print(sum(_kl_fwd_kernel.stats.cache_hits.values()))\n"
+    )
+
+    def run(**environment: str) -> tuple[float, int]:
+        env = {**os.environ, "PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": "", **environment}
+        out = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+        value, hits = out.stdout.split()
+        return float(value), int(hits)
+
+    value, hits = run()
+    assert value == pytest.approx((torch.e - 2) / 2)
+    assert hits == 0
+    assert run() == (value, 1)
+
+    source = package / "_math.py"
+    source.write_text(source.read_text().replace("0.5, 1.0, 2.0))", "0.25, 1.0, 2.0))"))
+    changed, hits = run()
+    assert changed != value
+    assert hits == 0
+
+    # a directory that cannot be written to: the user's cache, and without one no cache
+    shutil.rmtree(package / "__pycache__")
+    (package / "__pycache__").write_text("not a directory")
+    assert run(HOME=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / "cache")) == (changed, 0)
+    assert list((tmp_path / "cache").rglob("*.nbi"))
+    (tmp_path / "file").write_text("not a directory")
+    assert run(HOME=str(tmp_path / "file"), XDG_CACHE_HOME=str(tmp_path / "file")) == (changed, 0)
