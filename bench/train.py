@@ -38,7 +38,7 @@ class Arguments:
     """Images per second of training against rivals, each in its own process, interleaved."""
 
     models: tuple[Literal["784-400-20", "784-1024-1024-64"], ...] = ("784-400-20", "784-1024-1024-64")
-    """Data, hidden and latent widths."""
+    """Data, hidden and latent widths; other data has its own width."""
     batch_sizes: tuple[int, ...] = (128, 4096)
     """Examples per step."""
     conditions: tuple[Condition, ...] = ("one", "two", "two+busy")
@@ -184,9 +184,15 @@ def _race(started: list[Started], setting: Record, arguments: Arguments) -> list
     return out
 
 
-def measure(arguments: Arguments, work: Work, model: str, conditions: Sequence[Condition]) -> list[Record]:
+def measure(arguments: Arguments, work: Work, conditions: Sequence[Condition]) -> list[Record]:
     """All conditions of one model, batch size and number of threads, with the same processes."""
-    setting = {"model": model, "batch_size": work.batch_size, "binarize": work.binarize, "threads": work.threads}
+    widths = (work.load("test").shape[1], *work.hidden, work.latent_dim)
+    setting = {
+        "model": "-".join(map(str, widths)),
+        "batch_size": work.batch_size,
+        "binarize": work.binarize,
+        "threads": work.threads,
+    }
     started, out = _start(arguments, work)
     out = [record | setting for record in out]
     try:
@@ -224,7 +230,7 @@ def run(arguments: Arguments, path: Path) -> None:
             if conditions:
                 hidden, latent_dim = MODELS[model]
                 work = Work(hidden, latent_dim, batch_size, arguments.binarize, threads, arguments.device, folder)
-                found = measure(arguments, work, model, conditions)
+                found = measure(arguments, work, conditions)
                 print(throughput_tables(found), flush=True)
                 out += found
                 records.write(path, out)

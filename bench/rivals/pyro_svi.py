@@ -41,6 +41,8 @@ class _VAE(nn.Module):
 class Provider:
     def __init__(self, work: Work) -> None:
         torch.set_num_threads(work.threads)
+        # the parameters of an earlier provider in this process
+        pyro.clear_param_store()
         pyro.set_rng_seed(0)
         pyro.enable_validation(False)
         self.work = work
