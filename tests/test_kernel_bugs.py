@@ -60,23 +60,26 @@ def run_all(kernels: ModuleType, mu: Tensor, logvar: Tensor, x: Tensor, weight: 
     return outputs
 
 
+@pytest.mark.parametrize("columns", [D, 40], ids=["scalar", "vector"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_offsets_beyond_32_bits(backend: str) -> None:
-    """Rows 2^31 elements apart, and a data set of more than 2^31 elements: a wrapped offset reads zeros."""
+def test_offsets_beyond_32_bits(backend: str, columns: int) -> None:
+    """Rows 2^31 elements apart, and a data set of more than 2^31 elements: a wrapped offset reads zeros.
+
+    40 columns are walked in units of 8, whose product with a row stride in those units must not wrap either.
+    """
     kernels, device = load_backend(backend), device_of(backend)
     if device != "cpu":
         pytest.skip("reserves addresses without memory, which only the host can")
     # address space, not memory: only touched pages exist (0x4000 is MAP_NORESERVE)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
     storage = torch.frombuffer(mmap.mmap(-1, 4 * (3 * 2**31 + 64), flags=flags), dtype=torch.float32)
-    inputs = inputs_on(device)
-    apart = [storage[2**31 + 64 * i :].as_strided((2, D), (2**31, 1)).copy_(inputs[i][:2]) for i in range(2)]
-    mu, logvar, x, weight, _ = inputs
+    mu, logvar, x, weight = (t[..., :columns].contiguous() if t.ndim > 1 else t for t in inputs_on(device)[:4])
+    views = [storage[2**31 + 64 * i :].as_strided((2, columns), (2**31, 1)) for i in range(2)]
+    apart = [view.copy_(t[:2]) for view, t in zip(views, (mu, logvar), strict=True)]
     nll = kernels.bernoulli_nll_fwd(apart[0], x[:2], None, 0)
     assert torch.equal(nll, kernels.bernoulli_nll_fwd(mu[:2], x[:2], None, 0))
     right = kernels.gaussian_nll_with_grad(mu[:2], logvar[:2], x[:2], weight[:2], True)
-    dmu, dlogvar = (storage[2**31 + 64 * i :].as_strided((2, D), (2**31, 1)) for i in range(2))
-    got = kernels.gaussian_nll_with_grad(*apart, x[:2], weight[:2], True, out=(dmu, dlogvar))
+    got = kernels.gaussian_nll_with_grad(*apart, x[:2], weight[:2], True, out=(views[0], views[1]))
     assert all(torch.equal(a, b) for a, b in zip(got[:3], right[:3], strict=True))
     data = torch.frombuffer(mmap.mmap(-1, 2**31 + 128 * D, flags=flags), dtype=torch.uint8)[: (2**31 // D + 3) * D]
     data = data.view(-1, D)

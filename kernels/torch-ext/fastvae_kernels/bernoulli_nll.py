@@ -190,12 +190,12 @@ def _bernoulli_nll_kernel(
         row, k, b = locate_rows(tile * ROWS, num_examples, ROWS, SAMPLES)
         in_rows = row < num_rows
         example = b + example_offset
-        logits_row = logits_ptr + (k * (logits_stride_k * WIDTH) + b * (logits_stride_b * WIDTH))
-        x_row = x_ptr + (k * (x_stride_k * WIDTH) + b * (x_stride_b * WIDTH))
+        logits_row = logits_ptr + (k * logits_stride_k + b * logits_stride_b) * WIDTH
+        x_row = x_ptr + (k * x_stride_k + b * x_stride_b) * WIDTH
         dlogits_row = None
         weight = 0.0
         if dlogits_ptr is not None:
-            dlogits_row = dlogits_ptr + (k * (dlogits_stride_k * WIDTH) + b * (dlogits_stride_b * WIDTH))
+            dlogits_row = dlogits_ptr + (k * dlogits_stride_k + b * dlogits_stride_b) * WIDTH
             weight = tl.load(weight_ptr + (k * weight_stride_k + b * weight_stride_b), in_rows, other=0.0)
         if SUMS:
             linear, e, dlogits = _step(

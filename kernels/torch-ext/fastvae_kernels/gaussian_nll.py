@@ -132,17 +132,17 @@ def _gaussian_nll_kernel(
     for tile in range(group * tiles, tl.minimum((group + 1) * tiles, tl.cdiv(num_rows, ROWS))):
         row, k, b = locate_rows(tile * ROWS, num_examples, ROWS, SAMPLES)
         in_rows = row < num_rows
-        mu_row = mu_ptr + (k * (mu_stride_k * WIDTH) + b * (mu_stride_b * WIDTH))
-        logvar_row = logvar_ptr + (k * (logvar_stride_k * WIDTH) + b * (logvar_stride_b * WIDTH))
-        x_row = x_ptr + (k * (x_stride_k * WIDTH) + b * (x_stride_b * WIDTH))
+        mu_row = mu_ptr + (k * mu_stride_k + b * mu_stride_b) * WIDTH
+        logvar_row = logvar_ptr + (k * logvar_stride_k + b * logvar_stride_b) * WIDTH
+        x_row = x_ptr + (k * x_stride_k + b * x_stride_b) * WIDTH
         dmu_row = None
         dlogvar_row = None
         weight = 0.0
         if dmu_ptr is not None:
             weight = tl.load(weight_ptr + (k * weight_stride_k + b * weight_stride_b), in_rows, other=0.0)
-            dmu_row = dmu_ptr + (k * (dmu_stride_k * WIDTH) + b * (dmu_stride_b * WIDTH))
+            dmu_row = dmu_ptr + (k * dmu_stride_k + b * dmu_stride_b) * WIDTH
         if dlogvar_ptr is not None:
-            dlogvar_row = dlogvar_ptr + (k * (dlogvar_stride_k * WIDTH) + b * (dlogvar_stride_b * WIDTH))
+            dlogvar_row = dlogvar_ptr + (k * dlogvar_stride_k + b * dlogvar_stride_b) * WIDTH
         if SUMS:
             terms, dmu, dlogvar = _step(
                 mu_row, logvar_row, x_row, dmu_row, dlogvar_row, weight, split * COLS, D, in_rows, mu_stride_d,
