@@ -10,9 +10,8 @@ to the parameters of a likelihood `[..., outputs_per_element * D]` is a decoder:
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +25,6 @@ from fastvae.errors import FastvaeError
 from fastvae.nn import BernoulliLikelihood, Likelihood, likelihood_from_config
 
 __all__ = ["VAE", "ConvDecoder", "ConvEncoder", "Loss", "MLPDecoder", "MLPEncoder"]
-
-FORMAT = 1
-"""Version of config.json: a newer one is refused."""
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
@@ -249,6 +245,7 @@ class VAE(nn.Module):
         beta: float | Tensor = 1.0,
         free_bits: float = 0.0,
         example_offset: int = 0,
+        mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> Loss:
         """One sample of the training loss, SGVB estimator B: mean over the batch of nll + beta * kl.
 
@@ -258,13 +255,18 @@ class VAE(nn.Module):
             beta: weight of the KL.
             free_bits: nats per latent dimension below which the batch-mean KL is not penalised (Kingma et al. 2016).
             example_offset: global index of the batch's first example.
+            mean_over_ranks: where ranks share a batch, how they average: the free bits count by the whole batch's KL.
         """
         x = self._flat(x)
         mu, logvar = self.encode(x)
         z, kl = F.reparameterize_kl(mu, logvar, seed=seed, example_offset=example_offset)
         kl_loss = kl.mean()
         if free_bits > 0.0:
-            kl_loss = reference.kl_per_dim(mu, logvar).mean(0).clamp_min(free_bits).sum()
+            kl_per_dim = reference.kl_per_dim(mu, logvar).mean(0)
+            whole = kl_per_dim.detach()
+            if mean_over_ranks is not None:
+                whole = mean_over_ranks(whole.clone())
+            kl_loss = torch.where(whole < free_bits, free_bits, kl_per_dim).sum()
         if isinstance(self.decoder, MLPDecoder):
             nll_loss, nll = self.likelihood.linear_loss(self.decoder.body(z), self.decoder.head, x)
         else:
@@ -285,16 +287,11 @@ class VAE(nn.Module):
         z = torch.randn(num_samples, self.latent_dim, device=device, generator=generator)
         return self.likelihood.mean(self.decode(z)).unflatten(-1, self.data_shape)
 
-    # files
+    # files: the methods are here, what they do is in `fastvae.pretrained`
 
     def config(self) -> dict[str, Any]:
         """What config.json holds."""
-        from fastvae import __version__
-
         return {
-            "model_type": "fastvae",
-            "format": FORMAT,
-            "fastvae_version": __version__,
             "architecture": self.architecture,
             "data_shape": list(self.data_shape),
             "latent_dim": self.latent_dim,
@@ -303,28 +300,15 @@ class VAE(nn.Module):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write `config.json` and `model.safetensors` (each atomically) into the folder `path`."""
-        import safetensors.torch
+        from fastvae import pretrained
 
-        from fastvae.checkpoint import write_atomic
-
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        write_atomic(path / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
-        write_atomic(path / "config.json", json.dumps(self.config(), indent=2) + "\n")
+        pretrained.save(self, Path(path))
 
     @classmethod
     def from_config(
         cls, config: dict[str, Any], *, encoder: nn.Module | None = None, decoder: nn.Module | None = None
     ) -> VAE:
         """An untrained model of the given `config()`; one of own modules needs `encoder` and `decoder`."""
-        if config.get("model_type") != "fastvae":
-            raise FastvaeError(f"config.json is of model_type {config.get('model_type')!r}, expected 'fastvae'")
-        if config["format"] > FORMAT:
-            raise FastvaeError(
-                f"the model has format {config['format']} (fastvae {config.get('fastvae_version')}), this version "
-                f"reads up to {FORMAT}: upgrade fastvae-kernels"
-            )
         architecture = dict(config["architecture"])
         likelihood = likelihood_from_config(config["likelihood"])
         common = {"data_shape": tuple(config["data_shape"]), "latent_dim": config["latent_dim"]}
@@ -351,36 +335,9 @@ class VAE(nn.Module):
         Raises:
             FastvaeError: no model there, damaged, of a newer format, or of another architecture.
         """
-        import safetensors
-        import safetensors.torch
+        from fastvae import pretrained
 
-        folder = Path(path)
-        if not folder.is_dir():
-            if len(folder.parts) != 2 or folder.is_absolute() or str(path).startswith("."):
-                raise FastvaeError(f"no model at {path}: expected a folder, or a Hub repository as owner/name")
-            from huggingface_hub import snapshot_download
-
-            patterns = ["config.json", "model.safetensors"]
-            folder = Path(snapshot_download(str(path), allow_patterns=patterns, **hub))
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise FastvaeError(f"{folder} holds no {name}: expected a folder that save_pretrained or a run wrote")
-        try:
-            config = json.loads((folder / "config.json").read_text())
-            tensors = safetensors.torch.load_file(folder / "model.safetensors")
-        except (ValueError, safetensors.SafetensorError) as error:
-            raise FastvaeError(f"the model in {folder} is damaged: {error}") from error
+        config, tensors, where = pretrained.load(path, **hub)
         vae = cls.from_config(config, encoder=encoder, decoder=decoder)
-        load_weights(vae, tensors, where=str(folder))
+        pretrained.load_weights(vae, tensors, where=where)
         return vae
-
-
-def load_weights(vae: VAE, tensors: dict[str, Tensor], *, where: str) -> None:
-    """`load_state_dict` that says in one line which tensor does not fit."""
-    own = vae.state_dict()
-    for name in sorted(own.keys() | tensors.keys()):
-        got = list(tensors[name].shape) if name in tensors else "nothing"
-        expected = list(own[name].shape) if name in own else "nothing"
-        if got != expected:
-            raise FastvaeError(f"{where} is of another architecture: {name} is {got}, expected {expected}")
-    vae.load_state_dict(tensors)

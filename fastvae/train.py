@@ -21,8 +21,9 @@ from fastvae.config import TrainConfig
 from fastvae.data import Dataset, load_dataset
 from fastvae.errors import FastvaeError, Stopped
 from fastvae.evaluate import Evaluation, advice, evaluate
-from fastvae.models import VAE, load_weights
+from fastvae.models import VAE
 from fastvae.nn import BernoulliLikelihood, GaussianLikelihood
+from fastvae.pretrained import load_weights
 from fastvae.progress import TrainingProgress
 from fastvae.run import Run
 from fastvae.step import TrainingStep, make_optimizer, matmul_precision
