@@ -59,7 +59,13 @@ def _throughput_row(r: Record) -> list[str]:
     if r["of_floor"] is not None:
         shares = [f"{r['of_floor'][1]:.3f}", f"{r['of_floor'][0]:.3f} to {r['of_floor'][2]:.3f}"]
     speed = [f"{median:,.0f}", f"{low:,.0f} to {high:,.0f}"]
-    return [r["provider"], *speed, *shares, f"{r['peak_mb']:,.0f}", f"{r['ready_s']:.1f}"]
+    return [
+        r["provider"],
+        *speed,
+        *shares,
+        "" if r["peak_mb"] is None else f"{r['peak_mb']:,.0f}",
+        f"{r['ready_s']:.1f}",
+    ]
 
 
 def _breakdown(r: Record) -> str:

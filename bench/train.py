@@ -123,17 +123,23 @@ def _skipped(name: str, reason: str) -> Record:
     return {"kind": "skipped", "provider": name, "reason": reason}
 
 
-def _rounds(started: list[Started], arguments: Arguments) -> list[dict[str, float]]:
-    """Steps per second of every provider in each round."""
+def _rounds(started: list[Started], arguments: Arguments, lost: list[Record]) -> list[dict[str, float]]:
+    """Steps per second of every provider in each round; whoever dies moves from `started` to `lost`."""
     rounds: list[dict[str, float]] = []
     deadline = time.perf_counter() + arguments.seconds
-    while len(rounds) < (2 if arguments.quick else 3) or time.perf_counter() < deadline:
+    fewest = 2 if arguments.quick else 3
+    while started and (len(rounds) < fewest or time.perf_counter() < deadline):
         # a different one goes first each time: nobody always runs after the same neighbour
         first = len(rounds) % len(started)
         rates = {}
         for provider in started[first:] + started[:first]:
-            answer = provider.worker.call(do="run", seconds=arguments.slice_seconds)
-            rates[provider.name] = answer["steps"] / answer["seconds"]
+            rate = _turn(provider, arguments.slice_seconds)
+            if isinstance(rate, WorkerError):
+                provider.worker.close()
+                started.remove(provider)
+                lost.append(_skipped(provider.name, f"died: {rate}"))
+            else:
+                rates[provider.name] = rate
         rounds.append(rates)
     return rounds
 
@@ -142,10 +148,18 @@ def _quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
 
 
+def _turn(provider: Started, seconds: float) -> float | WorkerError:
+    try:
+        answer = provider.worker.call(do="run", seconds=seconds)
+    except WorkerError as error:
+        return error
+    return float(answer["steps"] / answer["seconds"])
+
+
 def _summary(setting: Record, provider: Started, rounds: list[dict[str, float]]) -> Record:
     rates = [r[provider.name] * setting["batch_size"] for r in rounds]
     # paired: what slowed a round slowed its floor as well
-    shares = [r[provider.name] / r[FLOOR] for r in rounds] if FLOOR in rounds[0] else None
+    shares = [r[provider.name] / r[FLOOR] for r in rounds] if all(FLOOR in r for r in rounds) else None
     return {
         "kind": "throughput",
         **setting,
@@ -193,30 +207,30 @@ def measure(arguments: Arguments, work: Work, conditions: Sequence[Condition]) -
         "binarize": work.binarize,
         "threads": work.threads,
     }
-    started, out = _start(arguments, work)
-    out = [record | setting for record in out]
+    started, lost = _start(arguments, work)
     try:
         if not started:
-            return out
+            return [record | setting for record in lost]
         throughput = []
         for condition in conditions:
             # the last core: the one a lone thread would have been given
             busy = busy_core((os.cpu_count() or 1) - 1) if condition == "two+busy" else contextlib.nullcontext()
             with busy:
-                rounds = _rounds(started, arguments)
+                rounds = _rounds(started, arguments, lost)
             throughput += [_summary(setting | {"condition": condition}, p, rounds) for p in started]
         finished = {p.name: p.worker.call(do="finish") for p in started}
         for record in throughput:
-            record |= finished[record["provider"]]
+            # nothing of one that died in a later condition
+            record |= finished.get(record["provider"], {"peak_mb": None, "breakdown": None})
             if record["condition"] != conditions[0]:
                 # it was taken once, with nobody else on the machine
                 record["breakdown"] = None
         if arguments.target is not None:
-            out += _race(started, setting | {"condition": conditions[0]}, arguments)
+            throughput += _race(started, setting | {"condition": conditions[0]}, arguments)
     finally:
         for provider in started:
             provider.worker.close()
-    return throughput + out
+    return throughput + [record | setting for record in lost]
 
 
 def run(arguments: Arguments, path: Path) -> None:

@@ -204,6 +204,33 @@ def test_a_rival_that_is_not_installed_is_skipped_by_name(tmp_path: Path) -> Non
     assert "no_such_rival" in str(ready)
 
 
+class _Stub:
+    """A worker that answers some times and then is gone."""
+
+    def __init__(self, answers: int) -> None:
+        self.answers = answers
+
+    def call(self, **message: Any) -> dict[str, Any]:
+        self.answers -= 1
+        if self.answers < 0:
+            raise WorkerError("gone")
+        return {"steps": 1, "seconds": 1.0}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_rival_that_dies_does_not_stop_the_others() -> None:
+    dying, living = _Stub(1), _Stub(99)
+    started = [bench_train.Started("dying", dying, {}), bench_train.Started("living", living, {})]
+    lost: list[dict[str, Any]] = []
+    rounds = bench_train._rounds(started, bench_train.Arguments(quick=True, seconds=0.0), lost)
+    assert [sorted(r) for r in rounds] == [["dying", "living"], ["living"]]
+    assert [p.name for p in started] == ["living"]
+    assert dying.closed
+    assert lost[0]["reason"] == "died: gone"
+
+
 def test_target_needs_real_data() -> None:
     with pytest.raises(SystemExit, match="real data"):
         bench_train.check(bench_train.Arguments(target=100.0))
