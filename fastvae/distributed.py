@@ -1,0 +1,232 @@
+"""Many processes that train as one: `torchrun --nproc-per-node=N -m fastvae train ...`, on one node or many.
+
+Rank r of N takes examples [r B/N, (r+1) B/N) of every batch of B, and a contiguous part of the test set. Order and noise
+go by the index of an example in its batch, gradients and metrics are averaged over the ranks, so N ranks train as one
+up to the rounding of that average. Rank 0 alone reads and writes the run directory; the data must be on every node.
+
+Ranks take every decision together: what only one of them can know (a bad file, a signal) is told to all before any
+acts on it, because a rank that left alone would leave the others waiting for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastvae.errors import FastvaeError, Stopped
+
+__all__ = ["ALONE", "Meetings", "Ranks", "Replica", "is_main", "join", "torchrun_job"]
+
+T = TypeVar("T")
+
+MEETING_SECONDS = 1.0
+"""About how often ranks ask each other whether a signal has come: much below the 30 s that torchrun leaves them."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among those that train together, and how they talk; with one rank everything is at once."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that writes and prints."""
+        return self.rank == 0
+
+    def part(self, count: int) -> tuple[int, int]:
+        """Start and end of this rank's contiguous part of `count` things; the parts differ by one at most."""
+        return self.rank * count // self.size, (self.rank + 1) * count // self.size
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values`, added up in place over the ranks."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """`values`, averaged in place over the ranks."""
+        return self.sum(values).div_(self.size)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """The result of `work`, done on every rank; a FastvaeError on any of them is raised on all.
+
+        The first rank of each node goes before the others, which then find in the cache what it has downloaded.
+        """
+        if self.size == 1:
+            return work()
+        result: list[T] = []
+        for my_turn in (self.local_rank == 0, self.local_rank != 0):
+            error = None
+            if my_turn:
+                try:
+                    result.append(work())
+                except FastvaeError as raised:
+                    error = str(raised)
+            for said in self._gather(error):
+                if said is not None:
+                    raise FastvaeError(said)
+        return result[0]
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """The result of `work`, done on rank 0 alone and sent to all; its FastvaeError is raised on all."""
+        if self.size == 1:
+            return work()
+        message: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                message[0] = work()
+            except FastvaeError as raised:
+                message[1] = str(raised)
+        dist.broadcast_object_list(message)
+        if message[1] is not None:
+            raise FastvaeError(message[1])
+        result: T = message[0]
+        return result
+
+    def check_same(self, what: str, value: object) -> None:
+        """Raises: FastvaeError if `value` is not equal on all ranks."""
+        if self.size == 1:
+            return
+        values = self._gather(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise FastvaeError(f"the ranks have different {what}: rank 0 {values[0]}, rank {rank} {other}")
+
+    def _gather(self, value: object) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+ALONE = Ranks()
+
+
+@contextlib.contextmanager
+def join() -> Iterator[Ranks]:
+    """The ranks that `torchrun` has started, connected; `ALONE` without it. A group that exists already is used.
+
+    After an error the connections are left for the end of the process to close: to close them in order would need the
+    other ranks, and one that failed alone would wait for them for ever.
+    """
+    if dist.is_available() and dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", dist.get_rank())))
+        return
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    # what ranks tell each other goes through host memory, gradients on a GPU through NCCL
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    ranks = Ranks(dist.get_rank(), size, int(os.environ["LOCAL_RANK"]))
+    try:
+        yield ranks
+    except Stopped:
+        dist.destroy_process_group()
+        raise
+    # nobody leaves before rank 0 has written the last file
+    ranks.sum(torch.zeros(1))
+    dist.destroy_process_group()
+
+
+class Meetings:
+    """How ranks stop after the same step, though a signal may have reached only one of them.
+
+    About once a second they take the largest of their signal numbers. Rank 0's clock decides after how many steps they
+    meet again, as part of what they exchange. Host memory alone is involved: a CUDA device is not waited for.
+    """
+
+    def __init__(self, ranks: Ranks, done: int) -> None:
+        self.ranks, self.interval = ranks, 1
+        self.met, self.next = time.monotonic(), done + 1
+
+    def __call__(self, done: int, signum: int) -> int:
+        """The signal to obey after `done` steps, 0 for none, the same on every rank."""
+        if self.ranks.size == 1:
+            return signum
+        if done < self.next:
+            return 0
+        now = time.monotonic()
+        per_second = self.interval / (now - self.met)
+        # at most doubled: the first steps are slower than the rest
+        interval = min(2 * self.interval, max(1, int(MEETING_SECONDS * per_second)))
+        exchanged = torch.tensor([signum, interval if self.ranks.is_main else 0])
+        dist.all_reduce(exchanged, dist.ReduceOp.MAX)
+        signum, self.interval = exchanged.tolist()
+        self.met, self.next = now, done + self.interval
+        return signum
+
+
+class Replica(nn.Module):
+    """A loss module under DistributedDataParallel, with metrics that are averaged along with the gradients.
+
+    `metrics` is a parameter of zeros that is multiplied with (loss, nll, kl) and added to the loss: the loss is
+    unchanged, the gradient of `metrics` is those numbers, and DistributedDataParallel averages it over the ranks in the
+    same message as all other gradients.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        super().__init__()
+        self.model, self.ranks = model, ranks
+        device = next(model.parameters()).device
+        self.metrics = nn.Parameter(torch.zeros(3, device=device))
+
+    def forward(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss, nll, kl = self.model(x, **options, mean_over_ranks=self.ranks.mean)
+        with torch.no_grad():
+            row = torch.stack([loss.sum(), nll.mean(), kl.mean()])
+        return loss + (self.metrics * row).sum(), nll, kl
+
+    def take_metrics(self) -> Tensor:
+        """(loss, nll, kl) of the last backward, means over all ranks, float32 `[3]`."""
+        grad, self.metrics.grad = self.metrics.grad, None
+        assert grad is not None
+        return grad
+
+    def distributed(self, example: Tensor) -> nn.parallel.DistributedDataParallel:
+        """Itself under DistributedDataParallel, all weights rank 0's; `example` is a batch, of any values."""
+        module = nn.parallel.DistributedDataParallel(
+            self, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
+        )
+        # after its first backward the order in which it adds gradients up changes to that of their arrival: now, so that
+        # the first step of a resumed run adds as the uninterrupted run did
+        seed = torch.zeros(1, dtype=torch.int64, device=example.device)
+        module(example, seed=seed)[0].sum().backward()
+        module.zero_grad(set_to_none=True)
+        return module
+
+
+def is_main() -> bool:
+    """Whether this process is the one of its `torchrun` that speaks to the user."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def torchrun_job() -> str | None:
+    """What all (re)starts of the workers of one `torchrun` job have in common, and no other job has; None without one.
+
+    That is `--rdzv-id` where there is one (`--standalone` makes one up), and else the `torchrun` process.
+    """
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    if job not in (None, "none"):
+        return job
+    if job is None:
+        return None
+    parent = os.getppid()
+    try:
+        # the start time, because process numbers are used again
+        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        started = ""
+    return f"{socket.gethostname()} {parent} {started}".strip()
