@@ -148,17 +148,22 @@ def doctor() -> None:
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for device in devices:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+        name = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+        )
         _console.print(f"{device!s:16} {name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name)
-    table = Table("op", "device", "dtype", "backend", "why")
     ops = ("reparameterize_kl", "reparameterize_log_ratio", "bernoulli_nll", "gaussian_nll")
-    for op in ops:
-        for device in devices:
-            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    by_reason: dict[tuple[str, str, str, str], list[str]] = {}
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            for op in ops:
                 given = torch.zeros(2, 2, device=device, dtype=dtype)
                 package, why = functional.choose_backend(op, *[given] * (3 if op == "gaussian_nll" else 2))
                 backend = "reference" if package is None else package.__name__
-                table.add_row(op, str(device), str(dtype)[6:], backend, why)
+                by_reason.setdefault((str(device), str(dtype)[6:], backend, why), []).append(op)
+    table = Table("device", "dtype", "backend", "ops", "why", box=None)
+    for (where, kind, backend, why), names in by_reason.items():
+        table.add_row(where, kind, backend, "all" if len(names) == len(ops) else ", ".join(names), why)
     _console.print(table)
 
 
