@@ -28,6 +28,7 @@ from bench.records import Record
 from bench.rivals import OURS
 from bench.tables import kernel_tables
 from fastvae.functional import choose_backend
+from fastvae.malloc import keep_freed_memory
 
 Mode = Literal["forward", "backward", "both"]
 
@@ -251,6 +252,8 @@ def run(arguments: Arguments, path: Path, device: str) -> None:
 def main() -> None:
     """Entry point of `python -m bench.kernels`."""
     arguments = tyro.cli(Arguments)
+    # for everybody alike: page faults would hide what is measured
+    keep_freed_memory()
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

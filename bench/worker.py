@@ -20,6 +20,8 @@ from bench.records import ROOT
 __all__ = ["Worker", "WorkerError", "busy_core"]
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+# what `fastvae.malloc` does to our own programs, for everybody alike
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 class WorkerError(RuntimeError):
@@ -33,14 +35,14 @@ class Worker:
         self, command: Sequence[str], *, threads: int, python: str = sys.executable, path: Sequence[str] = ()
     ) -> None:
         path = path or [str(ROOT), str(ROOT / "kernels/torch-ext"), str(ROOT / "kernels/cpu")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)} | dict.fromkeys(THREAD_VARIABLES, str(threads))
+        own = MALLOC | {"PYTHONPATH": os.pathsep.join(path)} | dict.fromkeys(THREAD_VARIABLES, str(threads))
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)
         self._process = subprocess.Popen(
             [python, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=environment,
+            env=os.environ | own,
             # python -m looks here before it looks at the path
             cwd=path[0],
             text=True,

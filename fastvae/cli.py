@@ -118,7 +118,9 @@ def doctor() -> None:
 def main() -> None:
     """Entry point: a mistake of the user ends with one line and exit code 2."""
     from fastvae import __version__
+    from fastvae.malloc import keep_freed_memory
 
+    keep_freed_memory()
     arguments = sys.argv[1:]
     if arguments == ["--version"]:
         print(f"fastvae {__version__}")
