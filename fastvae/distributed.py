@@ -1,8 +1,8 @@
 """Many processes that train as one: `torchrun --nproc-per-node=N -m fastvae train ...`, on one node or many.
 
-Rank r of N takes examples [r B/N, (r+1) B/N) of every batch of B, and a contiguous part of the test set. Order and noise
-go by the index of an example in its batch, gradients and metrics are averaged over the ranks, so N ranks train as one
-up to the rounding of that average. Rank 0 alone reads and writes the run directory; the data must be on every node.
+Rank r of N takes examples [r B/N, (r+1) B/N) of every batch of B, and a contiguous part of the test set. Order and
+noise go by the index of an example in its batch, gradients and metrics are averaged over the ranks, so N ranks train as
+one up to the rounding of that average. Rank 0 alone reads and writes the run directory; the data must be on every node.
 
 Ranks take every decision together: what only one of them can know (a bad file, a signal) is told to all before any
 acts on it, because a rank that left alone would leave the others waiting for it.
@@ -200,8 +200,8 @@ class Replica(nn.Module):
         module = nn.parallel.DistributedDataParallel(
             self, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
         )
-        # after its first backward the order in which it adds gradients up changes to that of their arrival: now, so that
-        # the first step of a resumed run adds as the uninterrupted run did
+        # after its first backward the order in which it adds gradients up changes to that of their arrival: now, so
+        # that the first step of a resumed run adds as the uninterrupted run did
         seed = torch.zeros(1, dtype=torch.int64, device=example.device)
         module(example, seed=seed)[0].sum().backward()
         module.zero_grad(set_to_none=True)

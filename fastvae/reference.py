@@ -30,6 +30,7 @@ __all__ = [
     "reparameterize",
     "reparameterize_kl",
     "reparameterize_log_ratio",
+    "shuffle_keys",
     "uniform_noise",
 ]
 
@@ -113,11 +114,15 @@ def uniform_noise(
     return torch.stack(uniforms, dim=-1).flatten(-2)[..., :num_elements]
 
 
-def permutation(seed: Tensor, num_examples: int) -> Tensor:
-    """A random order of `num_examples` examples, int64 `[num_examples]`: the ranks of 62-bit Philox keys."""
-    example = torch.arange(num_examples, device=seed.device)
+def shuffle_keys(seed: Tensor, example: Tensor) -> Tensor:
+    """62-bit Philox keys of examples, int64 `[N]` both: in the order of their keys, examples are shuffled."""
     high, low, _, _ = _words(seed, STREAM_SHUFFLE, example, torch.zeros_like(example), 1)
-    return torch.argsort(((high >> 1) << 31 | low >> 1).squeeze(-1), stable=True)
+    return ((high >> 1) << 31 | low >> 1).squeeze(-1)
+
+
+def permutation(seed: Tensor, num_examples: int) -> Tensor:
+    """A random order of `num_examples` examples, int64 `[num_examples]`: equal keys, if any, in their own order."""
+    return torch.argsort(shuffle_keys(seed, torch.arange(num_examples, device=seed.device)), stable=True)
 
 
 def _unit_interval(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -132,7 +132,7 @@ class EpochOrder:
 
 
 class _Slot:
-    """The memory of one batch on its way: on the host, and on CUDA also on the device, with what its copies wait for."""
+    """The memory of one batch on its way: on the host, on CUDA also on the device, with what its copies wait for."""
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.host = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
