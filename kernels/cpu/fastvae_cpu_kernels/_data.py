@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._jit import loop
+from ._jit import loop, routine
 from ._math import ONE, ZERO
 from ._philox import draw_uniforms, fill_counters, to_words
 from ._pointers import f32_at, f32_scratch, u8_at, u32_scratch
@@ -43,7 +43,7 @@ def load_piece(row: int, kind: int, first: int, count: int, x: Any) -> None:
                 x[d] = np.float32(data[d])
 
 
-@loop
+@routine
 def binarize_piece(x: Any, first: int, count: int, seed: int, example: int) -> None:
     """Replaces `x[:count]`, elements `first` (a multiple of 4) onwards of an example, by Bernoulli(x) draws."""
     words, u = u32_scratch(512), f32_scratch(512)

@@ -27,7 +27,12 @@ _TERM: dict[str, Any] = {
 }
 # a sum must be reordered before it can be vectorised; the order is fixed when the kernel is compiled
 _LOOP: dict[str, Any] = {**_TERM, "fastmath": {"contract", "nsz", "reassoc"}}
-_KERNEL: dict[str, Any] = {"fastmath": {"contract", "nsz"}, "error_model": "numpy", "nogil": True}
+_KERNEL: dict[str, Any] = {
+    "fastmath": {"contract", "nsz"},
+    "error_model": "numpy",
+    "nogil": True,
+    "no_cfunc_wrapper": True,
+}
 
 
 def _hash_of_sources() -> str:
@@ -50,6 +55,12 @@ def loop(function: F) -> F:
     """A loop over contiguous elements, inlined and vectorised; its sums are reordered."""
     inlined: F = numba.njit(**_LOOP)(function)
     return inlined
+
+
+def routine(function: F) -> F:
+    """A `loop` that is called, not inlined: long code that several kernels share, and that is worth the call."""
+    called: F = numba.njit(**{**_LOOP, "forceinline": False})(function)
+    return called
 
 
 def kernel(function: F) -> F:

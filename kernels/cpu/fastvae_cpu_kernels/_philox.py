@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._jit import kernel, loop, term
+from ._jit import kernel, loop, routine, term
 from ._math import normal_pair
 from ._pointers import f32_scratch, i64_at, u32_scratch
 
@@ -89,7 +89,7 @@ def slots_per_draw(count: int) -> int:
     return max(1, MAX_COUNTERS // max(1, (count + 3) // 4))
 
 
-@loop
+@routine
 def draw_rows(
     eps: Any,
     first_slot: int,

@@ -1,4 +1,4 @@
-"""What happens to a finished piece of a row in scratch: it is stored, or added to column sums."""
+"""Where a row is, and what happens to a finished piece of it in scratch: it is stored, or added to column sums."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from ._jit import loop
+from ._jit import loop, term
+from ._layout import Rows
 
-__all__ = ["add_piece", "store_piece"]
+__all__ = ["add_piece", "row_address", "store_piece"]
+
+
+@term
+def row_address(rows: Rows, k: int, b: int) -> int:
+    """The address of row (k, b)."""
+    return rows[0] + k * rows[1] + b * rows[2]
 
 
 @loop

@@ -23,7 +23,7 @@ from ._jit import kernel, loop
 from ._layout import NO_ROWS, PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
 from ._math import HALF, ZERO, exp
 from ._philox import draw_rows, slots_per_draw
-from ._pieces import store_piece
+from ._pieces import row_address, store_piece
 from ._pointers import f32_at, f32_scratch, f64_scratch, i64_at, shifted
 from ._reduce import row_sums, row_totals
 from ._threads import run
@@ -152,8 +152,8 @@ def _fwd_kernel(
                 )
                 for i in range(drawn):
                     k, b = row // B, row % B
-                    mu_piece = f32_at(mu[0] + k * mu[1] + b * mu[2] + 4 * d)
-                    logvar_piece = f32_at(logvar[0] + k * logvar[1] + b * logvar[2] + 4 * d)
+                    mu_piece = f32_at(row_address(mu, k, b) + 4 * d)
+                    logvar_piece = f32_at(row_address(logvar, k, b) + 4 * d)
                     eps_piece = shifted(eps, i * ((count + 3) // 4 * 4))
                     z_row = sample * (K * B) + row
                     if i == 0 or sample == 0:
@@ -228,19 +228,19 @@ def _bwd_kernel(
                 )
                 for i in range(drawn):
                     k, b = row // B, row % B
-                    mu_piece = f32_at(mu[0] + k * mu[1] + b * mu[2] + 4 * d)
+                    mu_piece = f32_at(row_address(mu, k, b) + 4 * d)
                     eps_piece = shifted(eps, i * ((count + 3) // 4 * 4))
                     if i == 0 or sample == 0:
-                        _sigma_piece(f32_at(logvar[0] + k * logvar[1] + b * logvar[2] + 4 * d), sigma, count)
+                        _sigma_piece(f32_at(row_address(logvar, k, b) + 4 * d), sigma, count)
                     if sample == 0:
                         _clear(mu_sum, count)
                         _clear(logvar_sum, count)
                     at = sample * K + k
-                    dz_piece = zeros if dz[0] == 0 else f32_at(dz[0] + at * dz[1] + b * dz[2] + 4 * d)
+                    dz_piece = zeros if dz[0] == 0 else f32_at(row_address(dz, at, b) + 4 * d)
                     if dr[0] == 0:
                         _add_grad(dz_piece, sigma, eps_piece, mu_sum, logvar_sum, count)
                     else:
-                        dr_row = f32_at(dr[0] + at * dr[1] + b * dr[2])[0]
+                        dr_row = f32_at(row_address(dr, at, b))[0]
                         if sticking_the_landing:
                             _add_grad_with_path(dz_piece, dr_row, mu_piece, sigma, eps_piece, mu_sum, logvar_sum, count)
                         else:
@@ -255,8 +255,8 @@ def _bwd_kernel(
                         if samples > FLUSH:
                             _round(mu_total, mu_sum, count)
                             _round(logvar_total, logvar_sum, count)
-                        store_piece(mu_sum, f32_at(dmu[0] + k * dmu[1] + b * dmu[2] + 4 * d), count)
-                        store_piece(logvar_sum, f32_at(dlogvar[0] + k * dlogvar[1] + b * dlogvar[2] + 4 * d), count)
+                        store_piece(mu_sum, f32_at(row_address(dmu, k, b) + 4 * d), count)
+                        store_piece(logvar_sum, f32_at(row_address(dlogvar, k, b) + 4 * d), count)
                         row, sample = row + 1, 0
 
 

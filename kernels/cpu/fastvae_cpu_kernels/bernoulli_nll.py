@@ -16,7 +16,7 @@ from ._data import binarize_piece, data_kind, load_piece
 from ._jit import kernel, loop, term
 from ._layout import NO_ROWS, PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
 from ._math import ONE, ZERO, exp, log1p_unit
-from ._pieces import add_piece, store_piece
+from ._pieces import add_piece, row_address, store_piece
 from ._pointers import f32_at, f32_scratch, f64_at, i64_at
 from ._reduce import ColumnSums, row_sums, row_totals
 from ._threads import run
@@ -90,12 +90,12 @@ def _bernoulli_kernel(
         block, part = tile // across, tile % across
         k, b = block * height // B, block * height % B
         for r in range(block * height, min(K * B, (block + 1) * height)):
-            l_row = logits[0] + k * logits[1] + b * logits[2]
-            x_row = x[0] + k * x[1] + b * x[2]
-            grad_row = grad[0] + k * grad[1] + b * grad[2]
+            l_row = row_address(logits, k, b)
+            x_row = row_address(x, k, b)
+            grad_row = row_address(grad, k, b)
             w = ZERO
             if weight[0] != 0:
-                w = f32_at(weight[0] + k * weight[1] + b * weight[2])[0]
+                w = f32_at(row_address(weight, k, b))[0]
             total = 0.0
             end = min(D, (part + 1) * width)
             for d in range(part * width, end, PIECE):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._data import binarize_piece, data_kind, load_piece
-from ._jit import kernel, loop
+from ._jit import kernel, routine
 from ._layout import PIECE, plan
 from ._philox import draw_uniforms, fill_counters, to_words
 from ._pieces import store_piece
@@ -28,7 +28,7 @@ STREAM_DEQUANTIZE = 2
 TWO_TO_MINUS_8 = np.float32(2.0**-8)
 
 
-@loop
+@routine
 def _dequantize_piece(row: int, first: int, count: int, seed: int, example: int, x: Any) -> None:
     words, u = u32_scratch(512), f32_scratch(512)
     quads = (count + 3) // 4

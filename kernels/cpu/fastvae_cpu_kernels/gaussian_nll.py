@@ -18,7 +18,7 @@ from ._data import data_kind, load_piece
 from ._jit import kernel, loop, term
 from ._layout import NO_ROWS, PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
 from ._math import HALF, ONE, ZERO, exp
-from ._pieces import add_piece, store_piece
+from ._pieces import add_piece, row_address, store_piece
 from ._pointers import f32_at, f32_scratch, f64_at
 from ._reduce import ColumnSums, row_sums, row_totals
 from ._threads import run
@@ -96,14 +96,14 @@ def _gaussian_kernel(
         block, part = tile // across, tile % across
         k, b = block * height // B, block * height % B
         for r in range(block * height, min(K * B, (block + 1) * height)):
-            mu_row = mu[0] + k * mu[1] + b * mu[2]
-            logvar_row = logvar[0] + k * logvar[1] + b * logvar[2]
-            x_row = x[0] + k * x[1] + b * x[2]
-            dmu_row = dmu[0] + k * dmu[1] + b * dmu[2]
-            dlogvar_row = dlogvar[0] + k * dlogvar[1] + b * dlogvar[2]
+            mu_row = row_address(mu, k, b)
+            logvar_row = row_address(logvar, k, b)
+            x_row = row_address(x, k, b)
+            dmu_row = row_address(dmu, k, b)
+            dlogvar_row = row_address(dlogvar, k, b)
             w = ZERO
             if weight[0] != 0:
-                w = f32_at(weight[0] + k * weight[1] + b * weight[2])[0]
+                w = f32_at(row_address(weight, k, b))[0]
             total = 0.0
             end = min(D, (part + 1) * width)
             for d in range(part * width, end, PIECE):

@@ -16,7 +16,7 @@ from torch import Tensor
 from ._jit import kernel, loop
 from ._layout import PIECE, Rows, destination, plan, rows_of, scalars_of, walkable
 from ._math import HALF, ZERO, exp, expm1, expm1_minus
-from ._pieces import store_piece
+from ._pieces import row_address, store_piece
 from ._pointers import f32_at, f32_scratch
 from ._reduce import row_sums, row_totals
 from ._threads import run
@@ -83,10 +83,10 @@ def _kl_fwd_kernel(
             end = min(L, (part + 1) * width)
             for d in range(part * width, end, PIECE):
                 total += _kl_piece(
-                    f32_at(mu_q[0] + k * mu_q[1] + b * mu_q[2] + 4 * d),
-                    f32_at(logvar_q[0] + k * logvar_q[1] + b * logvar_q[2] + 4 * d),
-                    f32_at(mu_p[0] + k * mu_p[1] + b * mu_p[2] + 4 * d),
-                    f32_at(logvar_p[0] + k * logvar_p[1] + b * logvar_p[2] + 4 * d),
+                    f32_at(row_address(mu_q, k, b) + 4 * d),
+                    f32_at(row_address(logvar_q, k, b) + 4 * d),
+                    f32_at(row_address(mu_p, k, b) + 4 * d),
+                    f32_at(row_address(logvar_p, k, b) + 4 * d),
                     min(PIECE, end - d),
                 )
             f32_at(kl)[r * across + part] = np.float32(total)
@@ -125,21 +125,21 @@ def _kl_bwd_kernel(
             for d in range(part * width, end, PIECE):
                 count = min(PIECE, end - d)
                 _kl_grad_piece(
-                    f32_at(dkl[0] + k * dkl[1] + b * dkl[2])[0],
-                    f32_at(mu_q[0] + k * mu_q[1] + b * mu_q[2] + 4 * d),
-                    f32_at(logvar_q[0] + k * logvar_q[1] + b * logvar_q[2] + 4 * d),
-                    f32_at(mu_p[0] + k * mu_p[1] + b * mu_p[2] + 4 * d),
-                    f32_at(logvar_p[0] + k * logvar_p[1] + b * logvar_p[2] + 4 * d),
+                    f32_at(row_address(dkl, k, b))[0],
+                    f32_at(row_address(mu_q, k, b) + 4 * d),
+                    f32_at(row_address(logvar_q, k, b) + 4 * d),
+                    f32_at(row_address(mu_p, k, b) + 4 * d),
+                    f32_at(row_address(logvar_p, k, b) + 4 * d),
                     mu_q_piece,
                     logvar_q_piece,
                     mu_p_piece,
                     logvar_p_piece,
                     count,
                 )
-                store_piece(mu_q_piece, f32_at(dmu_q[0] + k * dmu_q[1] + b * dmu_q[2] + 4 * d), count)
-                store_piece(logvar_q_piece, f32_at(dlogvar_q[0] + k * dlogvar_q[1] + b * dlogvar_q[2] + 4 * d), count)
-                store_piece(mu_p_piece, f32_at(dmu_p[0] + k * dmu_p[1] + b * dmu_p[2] + 4 * d), count)
-                store_piece(logvar_p_piece, f32_at(dlogvar_p[0] + k * dlogvar_p[1] + b * dlogvar_p[2] + 4 * d), count)
+                store_piece(mu_q_piece, f32_at(row_address(dmu_q, k, b) + 4 * d), count)
+                store_piece(logvar_q_piece, f32_at(row_address(dlogvar_q, k, b) + 4 * d), count)
+                store_piece(mu_p_piece, f32_at(row_address(dmu_p, k, b) + 4 * d), count)
+                store_piece(logvar_p_piece, f32_at(row_address(dlogvar_p, k, b) + 4 * d), count)
             b += 1
             if b == B:
                 k, b = k + 1, 0

@@ -15,7 +15,7 @@ from torch import Tensor
 from ._jit import kernel, loop, term
 from ._layout import PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
 from ._math import HALF, ZERO, expm1, expm1_minus
-from ._pieces import store_piece
+from ._pieces import row_address, store_piece
 from ._pointers import f32_at, f32_scratch
 from ._reduce import row_sums, row_totals
 from ._threads import run
@@ -64,8 +64,8 @@ def _kl_fwd_kernel(
         block, part = tile // across, tile % across
         k, b = block * height // B, block * height % B
         for r in range(block * height, min(K * B, (block + 1) * height)):
-            mu_row = mu[0] + k * mu[1] + b * mu[2]
-            logvar_row = logvar[0] + k * logvar[1] + b * logvar[2]
+            mu_row = row_address(mu, k, b)
+            logvar_row = row_address(logvar, k, b)
             total = 0.0
             end = min(L, (part + 1) * width)
             for d in range(part * width, end, PIECE):
@@ -101,15 +101,15 @@ def _kl_bwd_kernel(
             for d in range(part * width, end, PIECE):
                 count = min(PIECE, end - d)
                 _kl_grad_piece(
-                    f32_at(dkl[0] + k * dkl[1] + b * dkl[2])[0],
-                    f32_at(mu[0] + k * mu[1] + b * mu[2] + 4 * d),
-                    f32_at(logvar[0] + k * logvar[1] + b * logvar[2] + 4 * d),
+                    f32_at(row_address(dkl, k, b))[0],
+                    f32_at(row_address(mu, k, b) + 4 * d),
+                    f32_at(row_address(logvar, k, b) + 4 * d),
                     dmu_piece,
                     dlogvar_piece,
                     count,
                 )
-                store_piece(dmu_piece, f32_at(dmu[0] + k * dmu[1] + b * dmu[2] + 4 * d), count)
-                store_piece(dlogvar_piece, f32_at(dlogvar[0] + k * dlogvar[1] + b * dlogvar[2] + 4 * d), count)
+                store_piece(dmu_piece, f32_at(row_address(dmu, k, b) + 4 * d), count)
+                store_piece(dlogvar_piece, f32_at(row_address(dlogvar, k, b) + 4 * d), count)
             b += 1
             if b == B:
                 k, b = k + 1, 0

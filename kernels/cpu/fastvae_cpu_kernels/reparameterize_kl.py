@@ -16,7 +16,7 @@ from ._jit import kernel, loop
 from ._layout import PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
 from ._math import HALF, ZERO, exp, expm1
 from ._philox import draw_rows, slots_per_draw
-from ._pieces import add_piece, store_piece
+from ._pieces import add_piece, row_address, store_piece
 from ._pointers import f32_at, f32_scratch, f64_at, i64_at, shifted
 from ._reduce import ColumnSums, row_sums, row_totals
 from ._samples import samples_backward
@@ -79,14 +79,14 @@ def _fwd_kernel(
                 draw_rows(eps, top, drawn, 1, K, B, d, count, i64_at(seed)[0], stream, example_offset, 0, 0)
                 for i in range(drawn):
                     total += _fwd_piece(
-                        f32_at(mu[0] + k * mu[1] + b * mu[2] + 4 * d),
-                        f32_at(logvar[0] + k * logvar[1] + b * logvar[2] + 4 * d),
+                        f32_at(row_address(mu, k, b) + 4 * d),
+                        f32_at(row_address(logvar, k, b) + 4 * d),
                         shifted(eps, i * ((count + 3) // 4 * 4)),
                         z_piece,
                         kl_piece,
                         count,
                     )
-                    store_piece(z_piece, f32_at(z[0] + k * z[1] + b * z[2] + 4 * d), count)
+                    store_piece(z_piece, f32_at(row_address(z, k, b) + 4 * d), count)
                     if sums != 0:
                         add_piece(kl_piece, f64_at(sums + 8 * (block * L + d)), count)
                     if d + count == end:
@@ -130,17 +130,17 @@ def _bwd_kernel(
                 draw_rows(eps, top, drawn, 1, K, B, d, count, i64_at(seed)[0], stream, example_offset, 0, 0)
                 for i in range(drawn):
                     _bwd_piece(
-                        f32_at(dz[0] + k * dz[1] + b * dz[2] + 4 * d),
-                        f32_at(dkl[0] + k * dkl[1] + b * dkl[2])[0],
-                        f32_at(mu[0] + k * mu[1] + b * mu[2] + 4 * d),
-                        f32_at(logvar[0] + k * logvar[1] + b * logvar[2] + 4 * d),
+                        f32_at(row_address(dz, k, b) + 4 * d),
+                        f32_at(row_address(dkl, k, b))[0],
+                        f32_at(row_address(mu, k, b) + 4 * d),
+                        f32_at(row_address(logvar, k, b) + 4 * d),
                         shifted(eps, i * ((count + 3) // 4 * 4)),
                         dmu_piece,
                         dlogvar_piece,
                         count,
                     )
-                    store_piece(dmu_piece, f32_at(dmu[0] + k * dmu[1] + b * dmu[2] + 4 * d), count)
-                    store_piece(dlogvar_piece, f32_at(dlogvar[0] + k * dlogvar[1] + b * dlogvar[2] + 4 * d), count)
+                    store_piece(dmu_piece, f32_at(row_address(dmu, k, b) + 4 * d), count)
+                    store_piece(dlogvar_piece, f32_at(row_address(dlogvar, k, b) + 4 * d), count)
                     if d + count == end:
                         b += 1
                         if b == B:
