@@ -84,6 +84,11 @@ def _latent(dtype_name: str, B: int, L: int, main: bool) -> Iterator[Case]:
             "reparameterize_log_ratio_bwd",
             lambda: (tile(K), _row_gradient(K, B), *pair(), _seed(), K, False, 0, 0),
         ),
+        (
+            f"reparameterize_log_ratio K={K} bwd, sticking the landing",
+            "reparameterize_log_ratio_bwd",
+            lambda: (tile(K), _row_gradient(K, B), *pair(), _seed(), K, True, 0, 0),
+        ),
     ]
     for op, function, arguments in table:
         yield Case(op, dtype_name, (B, L), function, arguments, main)

@@ -95,23 +95,25 @@ class Result:
         return {"kind": "static", **about, **sums, "model": {"chip": chip.name, **model._asdict()}, **kernels}
 
 
-def _pairs(machine: list[MachineLoop], source: list[Loop]) -> list[tuple[MachineLoop, Loop]]:
+def _pairs(machine: list[MachineLoop], source: list[Loop]) -> list[tuple[MachineLoop, Loop]] | None:
     """Which loop of the code is which of the source, outer ones first: the same nest, but for unrolled loops."""
-    if len(machine) != len(source):
-        # the compiler unrolls loops of few and known iterations
-        source = [kept for loop in source for kept in (loop.children if loop.constant else [loop])]
-    if len(machine) != len(source):
-        raise ValueError("the loops of the machine code are not those of the source: bench.static cannot count them")
-    found = []
-    for a, b in zip(machine, source):
-        found += [(a, b), *_pairs(a.children, b.children)]
-    return found
+    if len(machine) == len(source):
+        inner = [_pairs(a.children, b.children) for a, b in zip(machine, source)]
+        if None not in inner:
+            return [pair for a, b, below in zip(machine, source, inner) for pair in ((a, b), *(below or []))]
+    # the compiler unrolls loops of few and known iterations
+    if any(loop.constant for loop in source):
+        return _pairs(machine, [kept for loop in source for kept in (loop.children if loop.constant else [loop])])
+    return None
 
 
 def _executions(code: Code, traffic: Traffic, programs: int) -> list[int]:
     """How often each block runs, over all programs."""
     executions = [programs] * len(code.blocks)
-    for machine, source in _pairs(code.loops, traffic.loops):
+    pairs = _pairs(code.loops, traffic.loops)
+    if pairs is None:
+        raise ValueError("the loops of the machine code are not those of the source: bench.static cannot count them")
+    for machine, source in pairs:
         for i in machine.blocks:
             executions[i] = source.trips
     return executions

@@ -72,7 +72,7 @@ def _architecture(name: str, results: Sequence[Result]) -> list[str]:
     memory = f"{len(rows) - len(other)} of {len(rows)} cases are bound by DRAM in the model"
     return [
         f"## {name}: {chip.name}\n",
-        f"{chip.dram / 1e12:.2f} TB/s, {chip.multiprocessors} multiprocessors at {chip.clock / 1e9:.2f} GHz: "
+        f"{chip.dram / 1e12:.2f} TB/s, {chip.multiprocessors} multiprocessors at {chip.clock / 1e9:.3f} GHz: "
         f"{chip.multiprocessors * chip.clock * chip.issue_lanes / chip.dram:.1f} lane-instructions and "
         f"{chip.multiprocessors * chip.clock * chip.special_lanes / chip.dram:.2f} special functions per byte. "
         f"Source: {chip.source}.\n",

@@ -50,7 +50,7 @@ class Site:
 
 @dataclass
 class Loop:
-    """`trips` summed over all programs; a loop with `constant` bounds may be unrolled by the compiler."""
+    """`trips` summed over all programs; a loop of a `constant` number of iterations may be unrolled by the compiler."""
 
     constant: bool
     children: list[Loop]
@@ -108,12 +108,24 @@ def _needed(function: Function) -> set[str]:
     return needed
 
 
-def _loops(ops: list[Op], constants: set[str], by_op: dict[int, Loop]) -> list[Loop]:
+def _constant_length(loop: Op, made_by: dict[str, Op]) -> bool:
+    """Whether the bounds are constants, or the upper one is the lower one plus a constant."""
+
+    def constant(name: str) -> bool:
+        return name in made_by and made_by[name].name == "arith.constant"
+
+    lower, upper, step = loop.operands[:3]
+    last = made_by.get(upper)
+    length = [x for x in last.operands if x != lower] if last and last.name == "arith.addi" else [lower, upper]
+    return all(map(constant, [step, *length]))
+
+
+def _loops(ops: list[Op], made_by: dict[str, Op], by_op: dict[int, Loop]) -> list[Loop]:
     found = []
     for op in ops:
-        inner = [loop for region in op.regions for loop in _loops(region, constants, by_op)]
+        inner = [loop for region in op.regions for loop in _loops(region, made_by, by_op)]
         if op.name == "scf.for":
-            by_op[id(op)] = loop = Loop(constants.issuperset(op.operands[:3]), inner)
+            by_op[id(op)] = loop = Loop(_constant_length(op, made_by), inner)
             found.append(loop)
         else:
             found += inner
@@ -138,9 +150,9 @@ class _Evaluator:
         self.tensors, self.programs = tensors, programs
         self.needed = _needed(function)
         self.traffic = Traffic()
-        constants = {name for op in walk(function.ops) if op.name == "arith.constant" for name in op.results}
+        made_by = {name: op for op in walk(function.ops) for name in op.results}
         self.loops: dict[int, Loop] = {}
-        self.traffic.loops = _loops(function.ops, constants, self.loops)
+        self.traffic.loops = _loops(function.ops, made_by, self.loops)
         self.sites: dict[int, Site] = {}
 
     def ops(self, ops: list[Op], env: _Environment, active: Array) -> list[_Value]:

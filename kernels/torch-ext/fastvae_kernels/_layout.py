@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Rows", "as_rows", "device_guard", "grid_1d", "merge_rows", "vector_width"]
+__all__ = ["Rows", "as_rows", "collapse", "device_guard", "grid_1d", "merge_rows", "vector_width"]
 
 
 class Rows(NamedTuple):
@@ -30,7 +30,7 @@ class Rows(NamedTuple):
         return self.stride_k // width, self.stride_b // width, self.stride_l
 
 
-def _collapse(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
+def collapse(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     """The one stride that walks these dimensions in row-major order, or None where there is no such stride."""
     dims = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
     for (_, outer), (size, inner) in itertools.pairwise(dims):
@@ -50,7 +50,7 @@ def as_rows(tensor: Tensor, *, event: bool = True) -> Rows:
     while tensor.ndim < 2:
         tensor = tensor.unsqueeze(0)
     *samples, examples, elements = tensor.shape
-    stride_k = _collapse(tuple(samples), tensor.stride()[:-2])
+    stride_k = collapse(tuple(samples), tensor.stride()[:-2])
     if stride_k is None:
         tensor = tensor.contiguous()
         stride_k = examples * elements
@@ -67,7 +67,7 @@ def merge_rows(shape: torch.Size, *rows: Rows) -> tuple[int, int, list[Rows]]:
     num_samples = math.prod(samples)
     merged = []
     for row in rows:
-        stride = _collapse((num_samples, examples), (row.stride_k, row.stride_b))
+        stride = collapse((num_samples, examples), (row.stride_k, row.stride_b))
         if stride is None:
             return num_samples, examples, list(rows)
         merged.append(row._replace(stride_k=0, stride_b=stride))

@@ -51,7 +51,9 @@ def _grad(logits, x, e, weight, PRECISE: tl.constexpr):
     if PRECISE:
         # one step of Newton's method takes the square of an approximate root to the last digit of float32
         r += r * (1.0 - (1.0 + e) * r)
-    return weight * (tl.where(logits > 0.0, 1.0, e) * r - x)
+    # by the bits, since LLVM would narrow a comparison of widened float16 values to packed float16
+    positive = logits.to(tl.int32, bitcast=True) > 0
+    return weight * (tl.where(positive, 1.0, e) * r - x)
 
 
 @triton.jit
@@ -186,7 +188,10 @@ def _bernoulli_nll_kernel(
         key_lo, key_hi = load_key(seed_ptr)
     column_sum = tl.zeros((ROWS, COLS), tl.float32)
 
-    for tile in range(group * tiles, tl.minimum((group + 1) * tiles, tl.cdiv(num_rows, ROWS))):
+    # along the rows there is one tile: bounds that say so leave no loop
+    first_tile = group * tiles if SUMS else group
+    last_tile = tl.minimum(first_tile + tiles, tl.cdiv(num_rows, ROWS)) if SUMS else group + 1
+    for tile in range(first_tile, last_tile):
         row, k, b = locate_rows(tile * ROWS, num_examples, ROWS, SAMPLES)
         in_rows = row < num_rows
         example = b + example_offset

@@ -129,7 +129,10 @@ def _gaussian_nll_kernel(
     dmu_sum = tl.zeros((ROWS, COLS), tl.float32)
     dlogvar_sum = tl.zeros((ROWS, COLS), tl.float32)
 
-    for tile in range(group * tiles, tl.minimum((group + 1) * tiles, tl.cdiv(num_rows, ROWS))):
+    # along the rows there is one tile: bounds that say so leave no loop
+    first_tile = group * tiles if SUMS else group
+    last_tile = tl.minimum(first_tile + tiles, tl.cdiv(num_rows, ROWS)) if SUMS else group + 1
+    for tile in range(first_tile, last_tile):
         row, k, b = locate_rows(tile * ROWS, num_examples, ROWS, SAMPLES)
         in_rows = row < num_rows
         mu_row = mu_ptr + (k * mu_stride_k + b * mu_stride_b) * WIDTH
@@ -152,13 +155,15 @@ def _gaussian_nll_kernel(
             dlogvar_sum += dlogvar
             nll = tl.sum(terms, axis=1, keep_dims=True)
         else:
-            total = tl.zeros((ROWS, COLS), tl.float32)
+            total = tl.zeros((ROWS, COLS // 2), tl.float32)
             for chunk in range(begin, tl.minimum(begin + chunks, whole)):
                 terms, dmu, dlogvar = _step(
                     mu_row, logvar_row, x_row, dmu_row, dlogvar_row, weight, chunk * COLS, D, in_rows, mu_stride_d,
                     logvar_stride_d, x_stride_d, dmu_stride_d, dlogvar_stride_d, COLS, LEVELS, False,
                 )  # fmt: skip
-                total += terms
+                # neighbours first, for half of the registers
+                left, right = tl.split(tl.reshape(terms, (ROWS, COLS // 2, 2)))
+                total += left + right
             nll = tl.sum(total, axis=1, keep_dims=True)
             if TAIL:  # noqa: SIM102  # known at compile time, the next one is not
                 if split == splits - 1:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._layout import Rows, as_rows, device_guard, grid_1d, vector_width
+from ._layout import Rows, as_rows, collapse, device_guard, grid_1d, vector_width
 from ._math import exp_half, normal
 from ._philox import load_key
 from ._rows import locate_rows, sum_partials
@@ -163,8 +163,8 @@ def draw_rows(t: Tensor | None, num_samples: int | None, like: Tensor, *, event:
         return Rows(like, 0, 0, 1), 0
     if num_samples is None:
         return as_rows(t, event=event), 0
-    if as_rows(t[0], event=event).tensor.data_ptr() != t.data_ptr():
-        # the leading dimensions of a draw do not collapse
+    samples = slice(1, -2 if event else -1)
+    if collapse(t.shape[samples], t.stride()[samples]) is None:
         t = t.contiguous()
     # the kernel gets the pointer of all draws
     return as_rows(t[0], event=event)._replace(tensor=t), t.stride(0)

@@ -265,5 +265,7 @@ def reparameterize_log_ratio_bwd(
             SAMPLES=draws.num_rows != draws.num_examples,
             ROWS=plan.rows,
             COLS=plan.cols,
+            # seven tiles of float32 values in registers: 8 elements per thread, not 16, or some are spilled
+            num_warps=8 if mu.dtype == torch.float32 else 4,
         )
     return sum_chunks(dmu, dlogvar, mu.dtype)
