@@ -96,7 +96,7 @@ def test_the_commands_for_a_trained_model(run: Path, tmp_path: Path, capsys: pyt
         (["eval", "nowhere"], "nowhere is no run directory"),
         (["resume", "nowhere"], "nowhere is no run directory"),
         (["sample", "./nowhere"], "no model at"),
-        ([], "subcommands"),
+        ([], "subcommand"),
     ],
 )
 def test_mistakes(
