@@ -38,6 +38,7 @@ LOG_2PI = math.log(2.0 * math.pi)
 
 # one stream per purpose, so that no two purposes ever share a random number
 STREAM_NOISE, STREAM_BINARIZE, STREAM_DEQUANTIZE, STREAM_SHUFFLE, STREAM_PRIOR, STREAM_DATA = range(6)
+STREAM_MOMENTUM, STREAM_ACCEPT = range(6, 8)
 
 _MASK32 = 0xFFFFFFFF
 
