@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fastvae.errors import FastvaeError
+from fastvae.objectives import check_objective
 
 __all__ = ["TrainConfig"]
 
@@ -60,6 +61,14 @@ class TrainConfig:
     """How the learning rate goes from its peak to the end (cosine, linear: to 0)."""
     lr_warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
+    objective: Literal["elbo", "iwae"] = "elbo"
+    """elbo: the paper's; iwae: the importance-weighted bound of --num-samples samples (Burda et al. 2015)."""
+    num_samples: int = 1
+    """Samples of z for each example: L of the ELBO, K of IWAE."""
+    gradient: Literal["plain", "stl", "dreg"] = "plain"
+    """IWAE only. stl: sticking the landing (biased for K > 1); dreg: doubly reparameterized (unbiased, less noise)."""
+    kl_estimator: Literal["analytic", "monte-carlo"] = "analytic"
+    """ELBO only. The KL in closed form (SGVB estimator B), or from the samples (A)."""
     beta: float = 1.0
     """Weight of the KL (1: the ELBO)."""
     beta_warmup_steps: int = 0
@@ -91,7 +100,7 @@ class TrainConfig:
     """Also write TensorBoard event files into the run directory (extra: tensorboard)."""
 
     def __post_init__(self) -> None:
-        positive = ("latent_dim", "epochs", "batch_size", "lr", "log_every", "eval_every")
+        positive = ("latent_dim", "epochs", "batch_size", "num_samples", "lr", "log_every", "eval_every")
         optional = ("max_steps", "clip_grad_norm", "checkpoint_every")
         not_negative = ("lr_warmup_steps", "beta", "beta_warmup_steps", "free_bits", "weight_decay", "seed")
         for name in (*positive, *(name for name in optional if getattr(self, name) is not None)):
@@ -107,8 +116,16 @@ class TrainConfig:
                 raise FastvaeError(
                     f"{_flag(name)} belongs to --likelihood gaussian, got --likelihood {self.likelihood}"
                 )
+        check_objective(**self.objective_settings, beta=self.beta, free_bits=self.free_bits, spell=_flag)
+        if self.objective == "iwae" and self.beta_warmup_steps:
+            raise FastvaeError("--beta-warmup-steps belongs to --objective elbo: the IWAE bound has no KL term")
         if self.architecture == "conv" and not self.hidden:
             raise FastvaeError("--hidden is empty, expected at least one number of channels for --architecture conv")
+
+    @property
+    def objective_settings(self) -> dict[str, Any]:
+        """Those of the loss, as `VAE.forward` takes them; beta and free bits, which only the ELBO has, aside."""
+        return {name: getattr(self, name) for name in ("objective", "num_samples", "gradient", "kl_estimator")}
 
     @property
     def transform(self) -> Literal["scale", "binarize", "dequantize"]:

@@ -17,6 +17,7 @@ torch's own, so `torch.manual_seed` is obeyed), or given as `seed`, int64 `[1]` 
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastvae import _autograd, _one_pass, reference
+from fastvae import _autograd, _linear_nll, _one_pass, reference
 from fastvae._checks import (
     broadcast,
     check_num_samples,
@@ -386,8 +387,7 @@ def linear_bernoulli_nll_loss(
     the same pass. `h [..., H]`, `weight [D, H]`, `bias [D]`, `x` broadcastable to `[..., D]`, `row_weight` as `weight`
     of `bernoulli_nll_loss`. Returns (loss, nll `[...]`), errors as `bernoulli_nll`.
     """
-    if h.ndim < 2 or weight.ndim != 2 or h.shape[-1] != weight.shape[1] or bias.shape != weight.shape[:1]:
-        raise ValueError(f"expected h [..., H], weight [D, H], bias [D], got {shapes(h=h, weight=weight, bias=bias)}")
+    _check_layer(h, weight, bias)
     # under autocast the layer runs in a type of its own
     autocast = torch.is_autocast_enabled(h.device.type)
     kernels = None if autocast else _training_kernels("bernoulli_nll", x, h, weight, bias)
@@ -400,6 +400,28 @@ def linear_bernoulli_nll_loss(
     x = data_like(x, h.new_empty(()).expand(*h.shape[:-1], weight.shape[0]))
     row_weight = row_weights(row_weight, h.shape[:-1], h)
     return _one_pass.LinearBernoulliLoss.apply(kernels, h, weight, bias, x, row_weight, seed, example_offset)
+
+
+def _check_layer(h: Tensor, weight: Tensor, bias: Tensor) -> None:
+    if h.ndim < 2 or weight.ndim != 2 or h.shape[-1] != weight.shape[1] or bias.shape != weight.shape[:1]:
+        raise ValueError(f"expected h [..., H], weight [D, H], bias [D], got {shapes(h=h, weight=weight, bias=bias)}")
+
+
+def linear_bernoulli_nll(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """`bernoulli_nll(F.linear(h, weight, bias), x)`: the output layer and its likelihood in one.
+
+    `h [..., H]`, `weight [D, H]`, `bias [D]`, `x` broadcastable to `[..., D]` -> `[...]` float32, nats. Differentiable
+    for any upstream gradient, with one `[..., D]` buffer in all. Errors as `bernoulli_nll`.
+    """
+    _check_layer(h, weight, bias)
+    if torch.is_autocast_enabled(h.device.type):
+        dtype = torch.get_autocast_dtype(h.device.type)
+        h, weight, bias = h.to(dtype), weight.to(dtype), bias.to(dtype)
+    kernels = _training_kernels("bernoulli_nll", x, h, weight, bias)
+    if kernels is None:
+        return bernoulli_nll(torch.nn.functional.linear(h, weight, bias), x)
+    x = data_like(x, h.new_empty(()).expand(*h.shape[:-1], weight.shape[0]))
+    return _linear_nll.LinearBernoulliNLL.apply(kernels, h, weight, bias, x)
 
 
 def negative_elbo(nll: Tensor, kl: Tensor, *, beta: float | Tensor = 1.0) -> Tensor:
@@ -425,7 +447,7 @@ def iwae_bound(nll: Tensor, log_ratio: Tensor) -> Tensor:
     """
     if nll.shape != log_ratio.shape or nll.ndim < 1 or nll.shape[0] == 0:
         raise ValueError(f"expected nll and log_ratio [K, B] with K >= 1, got {shapes(nll=nll, log_ratio=log_ratio)}")
-    return torch.logsumexp(log_ratio - nll, dim=0) - torch.log(nll.new_tensor(float(nll.shape[0])))
+    return torch.logsumexp(log_ratio - nll, dim=0) - math.log(nll.shape[0])
 
 
 def gather_batch(

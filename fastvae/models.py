@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastvae import functional as F
-from fastvae import reference
+from fastvae import objectives
 from fastvae.errors import FastvaeError
 from fastvae.nn import BernoulliLikelihood, Likelihood, likelihood_from_config
 
@@ -140,11 +139,13 @@ class Loss(NamedTuple):
     """What `VAE.forward` returns; `loss` alone is differentiable."""
 
     loss: Tensor
-    """Scalar: mean over the batch of nll + beta * kl (or the free-bits form of the KL)."""
+    """Scalar, a mean over the batch: nll + beta * kl (or the free-bits form of the KL), or minus the IWAE bound."""
     nll: Tensor
-    """-log p(x|z) `[B]`, nats."""
+    """-log p(x|z) `[B]`, nats, averaged over the samples of each example."""
     kl: Tensor
-    """KL[q(z|x) || p(z)] `[B]`, nats, unweighted."""
+    """KL[q(z|x) || p(z)] `[B]`, nats, unweighted: in closed form, or for IWAE and a Monte Carlo KL from the samples.
+
+    So nll + kl is minus the ELBO whatever the objective, of which minus the IWAE bound is at most."""
 
 
 class VAE(nn.Module):
@@ -242,36 +243,61 @@ class VAE(nn.Module):
         x: Tensor,
         *,
         seed: Tensor | None = None,
+        objective: objectives.Objective = "elbo",
+        num_samples: int = 1,
+        gradient: objectives.Gradient = "plain",
+        kl_estimator: objectives.Estimator = "analytic",
         beta: float | Tensor = 1.0,
         free_bits: float = 0.0,
         example_offset: int = 0,
         mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> Loss:
-        """One sample of the training loss, SGVB estimator B: mean over the batch of nll + beta * kl.
+        """The training loss, by default SGVB estimator B with one sample: mean over the batch of nll + beta * kl.
 
         Args:
             x: data `[B, D]` or `[B, *data_shape]`, float in [0, 1] or uint8.
             seed: int64 `[1]`; default: drawn from torch's generator.
+            objective: "elbo" or "iwae"; this and the next three are explained in `fastvae.objectives`.
+            num_samples: samples of each posterior, L of the ELBO or K of IWAE.
+            gradient: of IWAE: "plain", "stl" (sticking the landing) or "dreg" (doubly reparameterized).
+            kl_estimator: of the ELBO: "analytic", or "monte-carlo" from the samples.
             beta: weight of the KL.
             free_bits: nats per latent dimension below which the batch-mean KL is not penalised (Kingma et al. 2016).
             example_offset: global index of the batch's first example.
             mean_over_ranks: where ranks share a batch, how they average: the free bits count by the whole batch's KL.
+
+        Raises: FastvaeError for data that does not fit, or settings that have no meaning together.
         """
+        objectives.check_objective(
+            objective=objective,
+            num_samples=num_samples,
+            gradient=gradient,
+            kl_estimator=kl_estimator,
+            beta=beta,
+            free_bits=free_bits,
+        )
         x = self._flat(x)
         mu, logvar = self.encode(x)
-        z, kl = F.reparameterize_kl(mu, logvar, seed=seed, example_offset=example_offset)
-        kl_loss = kl.mean()
-        if free_bits > 0.0:
-            kl_per_dim = reference.kl_per_dim(mu, logvar).mean(0)
-            whole = kl_per_dim.detach()
-            if mean_over_ranks is not None:
-                whole = mean_over_ranks(whole.clone())
-            kl_loss = torch.where(whole < free_bits, free_bits, kl_per_dim).sum()
+        noise = {"seed": seed, "example_offset": example_offset}
+        if objective == "iwae":
+            return Loss(
+                *objectives.iwae_loss(
+                    mu, logvar, lambda z: self.nll(z, x), num_samples=num_samples, gradient=gradient, **noise
+                )
+            )
+        z, kl = objectives.elbo_samples(mu, logvar, num_samples=num_samples, kl_estimator=kl_estimator, **noise)
+        kl_loss = objectives.penalty(kl, mu, logvar, free_bits=free_bits, mean_over_ranks=mean_over_ranks)
         if isinstance(self.decoder, MLPDecoder):
             nll_loss, nll = self.likelihood.linear_loss(self.decoder.body(z), self.decoder.head, x)
         else:
             nll_loss, nll = self.likelihood.loss(self.decode(z), x)
-        return Loss(nll_loss + beta * kl_loss, nll, kl.detach())
+        return Loss(nll_loss + beta * kl_loss, nll.mean(0) if nll.ndim > 1 else nll, kl.detach())
+
+    def nll(self, z: Tensor, x: Tensor) -> Tensor:
+        """-log p(x|z) `[..., B]` in nats, for z `[..., B, L]` and x `[B, D]`; an MLP decoder's output is not kept."""
+        if isinstance(self.decoder, MLPDecoder):
+            return self.likelihood.linear_nll(self.decoder.body(z), self.decoder.head, x)
+        return self.likelihood.nll(self.decode(z), x)
 
     # using a trained model
 

@@ -36,6 +36,10 @@ class Likelihood(nn.Module):
         """`loss(layer(h), x, weight)`, fused with the output layer where there is a kernel for it."""
         return self.loss(layer(h), x, weight)
 
+    def linear_nll(self, h: Tensor, layer: nn.Linear, x: Tensor) -> Tensor:
+        """`nll(layer(h), x)`, fused with the output layer where there is a kernel for it."""
+        return self.nll(layer(h), x)
+
     def mean(self, params: Tensor) -> Tensor:
         """E[x|z] in [0, 1], `[..., D]`: what is drawn as a picture."""
         raise NotImplementedError
@@ -64,6 +68,9 @@ class BernoulliLikelihood(Likelihood):
         self, h: Tensor, layer: nn.Linear, x: Tensor, weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         return F.linear_bernoulli_nll_loss(h, layer.weight, layer.bias, x, row_weight=weight)
+
+    def linear_nll(self, h: Tensor, layer: nn.Linear, x: Tensor) -> Tensor:
+        return F.linear_bernoulli_nll(h, layer.weight, layer.bias, x)
 
     def mean(self, params: Tensor) -> Tensor:
         return torch.sigmoid(params.float())

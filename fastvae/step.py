@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,13 +93,20 @@ class TrainingStep:
         key = torch.tensor([self.key], device=self.data.device) + epoch
         self.order.copy_(reference.permutation(key, len(self.data)))
 
+    def objective(self) -> dict[str, Any]:
+        """What the loss module is told about this step's loss, the KL weight a device scalar."""
+        settings = self.config.objective_settings
+        if self.config.objective == "elbo":
+            settings |= {"beta": self.beta.index_select(0, self.step), "free_bits": self.config.free_bits}
+        return settings
+
     def __call__(self) -> None:
         config, step = self.config, self.step
         seed = step + self.key
         position = step % self.steps_per_epoch * config.batch_size + self.batch
         x = F.gather_batch(self.data, self.order.index_select(0, position), transform=config.transform, seed=seed)
         with self.autocast:
-            loss, nll, kl = self.forward(x, seed=seed, beta=self.beta.index_select(0, step), free_bits=config.free_bits)
+            loss, nll, kl = self.forward(x, seed=seed, **self.objective())
         self.optimizer.zero_grad(set_to_none=True)
         loss.sum().backward()
         if config.clip_grad_norm is not None:

@@ -63,6 +63,9 @@ VARIANTS = {
     "gaussian": dataclasses.replace(CONFIG, likelihood="gaussian", dequantize=True, clip_grad_norm=1.0),
     "free bits": dataclasses.replace(CONFIG, free_bits=0.1, weight_decay=1.0),
     "bf16": dataclasses.replace(CONFIG, precision="bf16"),
+    "samples": dataclasses.replace(CONFIG, num_samples=3, kl_estimator="monte-carlo"),
+    "iwae": dataclasses.replace(CONFIG, objective="iwae", num_samples=3, beta_warmup_steps=0),
+    "dreg": dataclasses.replace(CONFIG, objective="iwae", num_samples=3, beta_warmup_steps=0, gradient="dreg"),
     "conv": dataclasses.replace(CONFIG, architecture="conv", hidden=(4,), likelihood="gaussian", shared_logvar=True),
 }
 

@@ -50,6 +50,7 @@ def variants() -> dict[str, TrainConfig]:
             SMALL, lr_schedule="cosine", lr_warmup_steps=5, beta=0.5, beta_warmup_steps=20, free_bits=0.1
         ),
         "bf16": dataclasses.replace(SMALL, precision="bf16", activation="tanh", hidden=(16, 8)),
+        "iwae": dataclasses.replace(SMALL, objective="iwae", num_samples=4, gradient="dreg"),
         "conv": dataclasses.replace(
             SMALL, architecture="conv", hidden=(4, 8), shared_logvar=True, likelihood="gaussian"
         ),
