@@ -36,6 +36,9 @@ class TrainConfig:
     """Non-linearity of the hidden layers."""
     latent_dim: int = 20
     """Number of latent dimensions."""
+    init: Literal["torch", "normal", "glorot"] = "torch"
+    """torch: its default; normal: all parameters from a normal distribution of deviation 0.01 (Kingma & Welling 2013);
+    glorot: uniform weights, biases 0 but for the output's, which gives the mean image (Burda et al. 2015)."""
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"
     """p(x|z)."""
     binarize: Literal["dynamic", "none"] = "dynamic"
@@ -55,14 +58,18 @@ class TrainConfig:
     """Examples per step (over all ranks)."""
     optimizer: Literal["adam", "adagrad"] = "adam"
     """Adam, or the paper's Adagrad."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon, for gradients that are means over the batch."""
     lr: float = 1e-3
     """Learning rate at its peak."""
-    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """How the learning rate goes from its peak to the end (cosine, linear: to 0)."""
+    lr_schedule: Literal["constant", "cosine", "linear", "iwae"] = "constant"
+    """How the learning rate goes from its peak to the end (cosine, linear: to 0; iwae: 3^i epochs at lr 10^(-i/7), i =
+    0..7, as in Burda et al. 2015)."""
     lr_warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
-    objective: Literal["elbo", "iwae"] = "elbo"
-    """elbo: the paper's; iwae: the importance-weighted bound of --num-samples samples (Burda et al. 2015)."""
+    objective: Literal["elbo", "iwae", "wake-sleep"] = "elbo"
+    """elbo: the paper's; iwae: the importance-weighted bound of --num-samples samples (Burda et al. 2015); wake-sleep:
+    the paper's baseline (Hinton et al. 1995)."""
     num_samples: int = 1
     """Samples of z for each example: L of the ELBO, K of IWAE."""
     gradient: Literal["plain", "stl", "dreg"] = "plain"
@@ -100,7 +107,7 @@ class TrainConfig:
     """Also write TensorBoard event files into the run directory (extra: tensorboard)."""
 
     def __post_init__(self) -> None:
-        positive = ("latent_dim", "epochs", "batch_size", "num_samples", "lr", "log_every", "eval_every")
+        positive = ("latent_dim", "epochs", "batch_size", "num_samples", "lr", "adam_eps", "log_every", "eval_every")
         optional = ("max_steps", "clip_grad_norm", "checkpoint_every")
         not_negative = ("lr_warmup_steps", "beta", "beta_warmup_steps", "free_bits", "weight_decay", "seed")
         for name in (*positive, *(name for name in optional if getattr(self, name) is not None)):
@@ -117,8 +124,8 @@ class TrainConfig:
                     f"{_flag(name)} belongs to --likelihood gaussian, got --likelihood {self.likelihood}"
                 )
         check_objective(**self.objective_settings, beta=self.beta, free_bits=self.free_bits, spell=_flag)
-        if self.objective == "iwae" and self.beta_warmup_steps:
-            raise FastvaeError("--beta-warmup-steps belongs to --objective elbo: the IWAE bound has no KL term")
+        if self.objective != "elbo" and self.beta_warmup_steps:
+            raise FastvaeError(f"--beta-warmup-steps belongs to --objective elbo: {self.objective} has no KL term")
         if self.architecture == "conv" and not self.hidden:
             raise FastvaeError("--hidden is empty, expected at least one number of channels for --architecture conv")
 

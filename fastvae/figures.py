@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["curves", "kl_per_dim", "manifold", "reconstructions", "samples", "save"]
 
 # Okabe and Ito's palette: told apart by readers who see red and green alike
-BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#999999"
+BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 
 _DPI, _WIDTH = 150, 1240
 _STYLE: dict[Any, Any] = {
@@ -51,10 +51,10 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "text.usetex": False,
 }
-_styled = matplotlib.rc_context(_STYLE)
+styled = matplotlib.rc_context(_STYLE)
 
 
-@_styled
+@styled
 def save(figure: Figure, path: Path) -> None:
     """Write `figure` to `path`, whole or not at all, in the format of the suffix and the figure's own size in pixels.
 
@@ -71,7 +71,7 @@ def save(figure: Figure, path: Path) -> None:
 # numbers
 
 
-@_styled
+@styled
 def curves(metrics: Sequence[Mapping[str, Any]], label: str) -> Figure:
     """Negative ELBO, NLL and KL against the step, for train and test.
 
@@ -114,7 +114,7 @@ def _limit(axes: Axes, late: list[float]) -> None:
         axes.set_ylim(min(late) - margin, max(late) + margin)
 
 
-@_styled
+@styled
 def kl_per_dim(evaluation: Evaluation) -> Figure:
     """KL of each latent dimension in nats, largest first, the active units in colour."""
     from fastvae.evaluate import ACTIVE_VARIANCE
@@ -149,7 +149,7 @@ def kl_per_dim(evaluation: Evaluation) -> Figure:
 # pictures
 
 
-@_styled
+@styled
 def reconstructions(x: Tensor, x_hat: Tensor) -> Figure:
     """Data `x` in one row, its reconstructions `x_hat` in the next, ten pairs to a row."""
     if x.shape != x_hat.shape:
@@ -170,13 +170,13 @@ def reconstructions(x: Tensor, x_hat: Tensor) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def samples(images: Tensor) -> Figure:
     """A grid of pictures, as near to a square as their number allows."""
     return _mosaic(_pictures(images), math.ceil(math.sqrt(len(images))))[0]
 
 
-@_styled
+@styled
 def manifold(model: VAE, n: int = 20) -> Figure:
     """E[x|z] on a grid of a 2-D latent space, n x n, equal in probability under the prior: the paper's Figure 4.
 

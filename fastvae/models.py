@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import objectives
+from fastvae._checks import draw_seed
 from fastvae.errors import FastvaeError
 from fastvae.nn import BernoulliLikelihood, Likelihood, likelihood_from_config
+from fastvae.wake_sleep import wake_sleep
 
 __all__ = ["VAE", "ConvDecoder", "ConvEncoder", "Loss", "MLPDecoder", "MLPEncoder"]
 
@@ -257,7 +259,7 @@ class VAE(nn.Module):
         Args:
             x: data `[B, D]` or `[B, *data_shape]`, float in [0, 1] or uint8.
             seed: int64 `[1]`; default: drawn from torch's generator.
-            objective: "elbo" or "iwae"; this and the next three are explained in `fastvae.objectives`.
+            objective: "elbo", "iwae" or "wake-sleep"; this and the next three are explained in `fastvae.objectives`.
             num_samples: samples of each posterior, L of the ELBO or K of IWAE.
             gradient: of IWAE: "plain", "stl" (sticking the landing) or "dreg" (doubly reparameterized).
             kl_estimator: of the ELBO: "analytic", or "monte-carlo" from the samples.
@@ -277,6 +279,8 @@ class VAE(nn.Module):
             free_bits=free_bits,
         )
         x = self._flat(x)
+        if objective == "wake-sleep":
+            return Loss(*wake_sleep(self, x, seed=draw_seed(seed, None, x.device), example_offset=example_offset))
         mu, logvar = self.encode(x)
         noise = {"seed": seed, "example_offset": example_offset}
         if objective == "iwae":
@@ -287,10 +291,7 @@ class VAE(nn.Module):
             )
         z, kl = objectives.elbo_samples(mu, logvar, num_samples=num_samples, kl_estimator=kl_estimator, **noise)
         kl_loss = objectives.penalty(kl, mu, logvar, free_bits=free_bits, mean_over_ranks=mean_over_ranks)
-        if isinstance(self.decoder, MLPDecoder):
-            nll_loss, nll = self.likelihood.linear_loss(self.decoder.body(z), self.decoder.head, x)
-        else:
-            nll_loss, nll = self.likelihood.loss(self.decode(z), x)
+        nll_loss, nll = self.decoder_loss(z, x)
         return Loss(nll_loss + beta * kl_loss, nll.mean(0) if nll.ndim > 1 else nll, kl.detach())
 
     def nll(self, z: Tensor, x: Tensor) -> Tensor:
@@ -298,6 +299,12 @@ class VAE(nn.Module):
         if isinstance(self.decoder, MLPDecoder):
             return self.likelihood.linear_nll(self.decoder.body(z), self.decoder.head, x)
         return self.likelihood.nll(self.decode(z), x)
+
+    def decoder_loss(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean over the batch of -log p(x|z), made for training, and its terms `[B]`, which carry no gradient."""
+        if isinstance(self.decoder, MLPDecoder):
+            return self.likelihood.linear_loss(self.decoder.body(z), self.decoder.head, x)
+        return self.likelihood.loss(self.decode(z), x)
 
     # using a trained model
 

@@ -44,8 +44,18 @@ class Likelihood(nn.Module):
         """E[x|z] in [0, 1], `[..., D]`: what is drawn as a picture."""
         raise NotImplementedError
 
-    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A draw of p(x|z), `[..., D]`."""
+    def sample(
+        self,
+        params: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        seed: Tensor | None = None,
+        example_offset: int = 0,
+    ) -> Tensor:
+        """A draw of p(x|z), `[..., D]`, from `generator` (default: torch's own).
+
+        With `seed`, int64 `[1]`, the draw for `params` `[B, ...]` is a function of (seed, b + example_offset, d).
+        """
         raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
@@ -75,8 +85,19 @@ class BernoulliLikelihood(Likelihood):
     def mean(self, params: Tensor) -> Tensor:
         return torch.sigmoid(params.float())
 
-    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return torch.bernoulli(self.mean(params), generator=generator)
+    def sample(
+        self,
+        params: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        seed: Tensor | None = None,
+        example_offset: int = 0,
+    ) -> Tensor:
+        mean = self.mean(params)
+        if seed is None:
+            return torch.bernoulli(mean, generator=generator)
+        rows = torch.arange(len(mean), device=mean.device)
+        return F.gather_batch(mean, rows, transform="binarize", seed=seed, example_offset=example_offset)
 
     def config(self) -> dict[str, Any]:
         return {"name": "bernoulli"}
@@ -117,11 +138,19 @@ class GaussianLikelihood(Likelihood):
     def mean(self, params: Tensor) -> Tensor:
         return self.mean_and_logvar(params)[0].float().clamp(0.0, 1.0)
 
-    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self,
+        params: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        seed: Tensor | None = None,
+        example_offset: int = 0,
+    ) -> Tensor:
         mu, logvar = self.mean_and_logvar(params)
-        seed = torch.randint(2**62, (1,), device=mu.device, generator=generator)
+        if seed is None:
+            seed = torch.randint(2**62, (1,), device=mu.device, generator=generator)
         mu, logvar = mu.float(), logvar.float().expand_as(mu)
-        return F.reparameterize(mu, logvar, seed=seed, stream=reference.STREAM_DATA)
+        return F.reparameterize(mu, logvar, seed=seed, example_offset=example_offset, stream=reference.STREAM_DATA)
 
     def config(self) -> dict[str, Any]:
         return {

@@ -4,6 +4,8 @@
            mean_b [1/L sum_l nll(z_l) + beta 1/L sum_l log q(z_l|x)/p(z_l)]   or from the samples: SGVB estimator A
     iwae   mean_b [-log 1/K sum_k w_k],    w_k = p(x|z_k) p(z_k) / q(z_k|x)
 
+    wake-sleep   no bound: see `fastvae.wake_sleep`
+
 and three estimators of the gradient of the latter, with normalised weights v_k = w_k / sum_j w_j, for the encoder
 
     plain  sum_k v_k d log w_k, through the samples and the parameters of q
@@ -32,7 +34,7 @@ from fastvae.errors import FastvaeError
 
 __all__ = ["Estimator", "Gradient", "Objective", "check_objective", "elbo_samples", "iwae_loss", "penalty"]
 
-Objective = Literal["elbo", "iwae"]
+Objective = Literal["elbo", "iwae", "wake-sleep"]
 Gradient = Literal["plain", "stl", "dreg"]
 Estimator = Literal["analytic", "monte-carlo"]
 
@@ -52,7 +54,7 @@ def check_objective(
     Raises: FastvaeError.
     """
     for name, value, known in (
-        ("objective", objective, ("elbo", "iwae")),
+        ("objective", objective, ("elbo", "iwae", "wake-sleep")),
         ("gradient", gradient, ("plain", "stl", "dreg")),
         ("kl_estimator", kl_estimator, ("analytic", "monte-carlo")),
     ):
@@ -60,19 +62,21 @@ def check_objective(
             raise FastvaeError(f"{spell(name)} is {value!r}, expected one of {', '.join(known)}")
     if num_samples < 1:
         raise FastvaeError(f"{spell('num_samples')} is {num_samples}, expected 1 or more")
-    if objective == "elbo" and gradient != "plain":
+    if objective == "wake-sleep" and num_samples != 1:
+        raise FastvaeError(f"{spell('num_samples')} is {num_samples}, expected 1 for {spell('objective')} wake-sleep")
+    if objective != "iwae" and gradient != "plain":
         raise FastvaeError(
             f"{spell('gradient')} {gradient} belongs to {spell('objective')} iwae "
             f"(which with {spell('num_samples')} 1 is the ELBO)"
         )
-    if objective == "iwae":
+    if objective != "elbo":
         for name, given in (
             ("beta", isinstance(beta, Tensor) or beta != 1.0),
             ("free_bits", free_bits != 0.0),
             ("kl_estimator", kl_estimator != "analytic"),
         ):
             if given:
-                raise FastvaeError(f"{spell(name)} belongs to {spell('objective')} elbo: the IWAE bound has no KL term")
+                raise FastvaeError(f"{spell(name)} belongs to {spell('objective')} elbo: {objective} has no KL term")
     if kl_estimator == "monte-carlo" and free_bits != 0.0:
         raise FastvaeError(f"{spell('free_bits')} needs the KL of each dimension: {spell('kl_estimator')} analytic")
 

@@ -20,7 +20,10 @@ from fastvae import reference
 from fastvae.config import TrainConfig
 from fastvae.models import VAE
 
-__all__ = ["TrainingStep", "make_optimizer", "stream_seed"]
+__all__ = ["IWAE_STAGE_ENDS", "TrainingStep", "make_optimizer", "stream_seed"]
+
+IWAE_STAGE_ENDS = (3 ** torch.arange(8)).cumsum(0)
+"""Epochs after which the stages of the "iwae" schedule end: 1, 4, 13, 40, 121, 364, 1093, 3280."""
 
 
 def stream_seed(seed: int) -> int:
@@ -39,12 +42,19 @@ def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter], num_trai
     # the objective is a mean over examples: the prior's gradient, theta times its precision, is spread over all of them
     weight_decay = config.weight_decay / num_train
     if config.optimizer == "adagrad":
-        return torch.optim.Adagrad(parameters, lr=torch.tensor(config.lr), weight_decay=weight_decay)
+        # fused exists for the CPU alone; its lr may lie there whatever the device
+        return torch.optim.Adagrad(
+            parameters, lr=torch.tensor(config.lr), weight_decay=weight_decay, fused=device.type == "cpu" or None
+        )
     lr = torch.tensor(config.lr, device=device)
-    return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True, capturable=device.type == "cuda")
+    return torch.optim.Adam(
+        parameters, lr=lr, eps=config.adam_eps, weight_decay=weight_decay, fused=True, capturable=device.type == "cuda"
+    )
 
 
-def _schedules(config: TrainConfig, num_steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _schedules(
+    config: TrainConfig, num_steps: int, steps_per_epoch: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Learning rate and KL weight of every step, float32 `[num_steps]` each."""
     step = torch.arange(num_steps, dtype=torch.float64)
     progress = (step - config.lr_warmup_steps).clamp_min(0) / max(1, num_steps - config.lr_warmup_steps)
@@ -52,6 +62,8 @@ def _schedules(config: TrainConfig, num_steps: int, device: torch.device) -> tup
         "constant": torch.ones_like(step),
         "linear": 1.0 - progress,
         "cosine": 0.5 * (1.0 + torch.cos(math.pi * progress)),
+        # stage i begins after 1 + 3 + ... + 3^(i-1) epochs
+        "iwae": 10.0 ** -(torch.bucketize(step.long() // steps_per_epoch, IWAE_STAGE_ENDS[:-1], right=True) / 7),
     }[config.lr_schedule]
 
     def warmup(steps: int) -> Tensor:
@@ -77,7 +89,7 @@ class TrainingStep:
         self.config, self.model, self.optimizer, self.data = config, model, optimizer, data
         self.forward = torch.compile(model) if config.compile else model
         self.steps_per_epoch = len(data) // config.batch_size
-        self.lr, self.beta = _schedules(config, num_steps, device)
+        self.lr, self.beta = _schedules(config, num_steps, self.steps_per_epoch, device)
         self.key = stream_seed(config.seed)
         self.batch = torch.arange(config.batch_size, device=device)
         self.order = torch.empty(len(data), dtype=torch.int64, device=device)

@@ -21,6 +21,7 @@ from fastvae.config import TrainConfig
 from fastvae.data import Dataset, load_dataset
 from fastvae.errors import FastvaeError, Stopped
 from fastvae.evaluate import Evaluation, advice, evaluate
+from fastvae.initial import initialize
 from fastvae.models import VAE
 from fastvae.nn import BernoulliLikelihood, GaussianLikelihood
 from fastvae.pretrained import load_weights
@@ -56,6 +57,7 @@ def _train(config: TrainConfig, run: Run | None) -> Path:
     check_fits(config, dataset)
     torch.manual_seed(config.seed)
     model = build_model(config, dataset.shape).to(device)
+    initialize(model, config.init, dataset.train)
     optimizer = make_optimizer(config, list(model.parameters()), len(dataset.train))
     steps_per_epoch = len(dataset.train) // config.batch_size
     num_steps = min(config.epochs * steps_per_epoch, config.max_steps or config.epochs * steps_per_epoch)
