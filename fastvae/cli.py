@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -108,6 +108,42 @@ def encode(
     encode(run, data=data, out=out, split=split)
 
 
+def reproduce(
+    experiment: Positional[Literal["fig2", "fig3", "fig4", "fig5", "table1"]],
+    *,
+    data: str = "mnist",
+    data_dir: Path | None = None,
+    out: Path | None = None,
+    fraction: float = 1.0,
+    passes_to: int = 7,
+    only: tuple[str, ...] = (),
+    device: str = "auto",
+    seed: int = 0,
+) -> None:
+    """Run an experiment of Kingma & Welling 2013 or of Burda et al. 2015: figure, data and table; goes on where it was.
+
+    Args:
+        experiment: which one.
+        data: the data set: any that train takes, but the papers' is MNIST.
+        data_dir: folder that already holds the files of a named data set.
+        out: where to write (default: runs/reproduce/EXPERIMENT).
+        fraction: run only so much of the paper's schedule.
+        passes_to: table1: the last stage i of its schedule to run, 3^i passes each.
+        only: run only these curves, such as aevb-20.
+        device: auto, cpu, cuda or cuda:N.
+        seed: of everything random.
+    """
+    from fastvae.reproduce.curves import Options
+    from fastvae.reproduce.fig2 import fig2
+    from fastvae.reproduce.fig3 import fig3
+    from fastvae.reproduce.pictures import fig4, fig5
+    from fastvae.reproduce.table1 import table1
+
+    out = out or Path("runs") / "reproduce" / experiment
+    options = Options(out, data, data_dir, fraction, passes_to, only, device, seed)
+    {"fig2": fig2, "fig3": fig3, "fig4": fig4, "fig5": fig5, "table1": table1}[experiment](options)
+
+
 def doctor() -> None:
     """Versions, devices, and which backend would run each op here, and why."""
     from fastvae.commands import doctor
@@ -135,6 +171,7 @@ def main() -> None:
                 "reconstruct": reconstruct,
                 "manifold": manifold,
                 "encode": encode,
+                "reproduce": reproduce,
                 "doctor": doctor,
             },
             prog="fastvae",
