@@ -37,7 +37,7 @@ class TrainConfig:
     latent_dim: int = 20
     """Number of latent dimensions."""
     init: Literal["torch", "normal", "glorot"] = "torch"
-    """torch: its default; normal: all parameters from a normal distribution of deviation 0.01 (Kingma & Welling 2013);
+    """torch: its default; normal: all parameters from N(0, 0.01), a variance (Kingma & Welling 2013);
     glorot: uniform weights, biases 0 but for the output's, which gives the mean image (Burda et al. 2015)."""
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"
     """p(x|z)."""

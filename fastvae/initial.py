@@ -1,11 +1,13 @@
 """Initial parameters as the papers have them.
 
-normal: every parameter from N(0, 0.01), read as a standard deviation (Kingma & Welling 2013, Section 5).
+normal: every parameter from N(0, 0.01), as ever in that paper a variance (Kingma & Welling 2013, Section 5).
 glorot: weights uniform in +-sqrt(6 / (fan_in + fan_out)), biases 0, but the decoder's last gives the mean image of the
 training data, kept within [0.001, 0.999] (Burda et al. 2015 and its published code).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from fastvae.models import VAE, MLPDecoder
 
 __all__ = ["initialize"]
 
-STD = 0.01
+VARIANCE = 0.01
 
 
 @torch.no_grad()
@@ -29,7 +31,7 @@ def initialize(model: VAE, init: str, data: Tensor) -> None:
         return
     if init == "normal":
         for parameter in model.parameters():
-            parameter.normal_(0.0, STD)
+            parameter.normal_(0.0, math.sqrt(VARIANCE))
     elif init == "glorot":
         decoder = model.decoder
         if not isinstance(decoder, MLPDecoder) or model.likelihood.outputs_per_element != 1:

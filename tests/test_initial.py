@@ -25,12 +25,12 @@ def data() -> torch.Tensor:
     return x
 
 
-def test_normal_is_of_deviation_a_hundredth_in_every_parameter() -> None:
+def test_normal_is_of_variance_a_hundredth_in_every_parameter() -> None:
     model = build_model(CONFIG, (30,))
     initialize(model, "normal", data())
     values = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     assert all(bool(parameter.any()) for parameter in model.parameters())
-    assert abs(float(values.std()) - 0.01) < 4 * 0.01 / math.sqrt(2 * len(values))
+    assert abs(float(values.var()) - 0.01) < 4 * 0.01 * math.sqrt(2 / len(values))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,13 +80,14 @@ def points(run: Run) -> list[dict[str, float]]:
 
 
 def speed(run: Run) -> dict[str, float]:
-    """Seconds of training (evaluation and saving apart), and examples per second."""
+    """Seconds of training (evaluation and saving apart), and examples per second, the median over the rows logged."""
     config = run.read_config()
     rows = [row for row in run.read_metrics() if row["split"] == "train"]
     steps = [row["step"] for row in rows]
     examples = [config.batch_size * (step - before) for step, before in zip(steps, [0, *steps])]
     seconds = sum(count / row["images_per_s"] for count, row in zip(examples, rows))
-    return {"seconds": round(seconds, 1), "images_per_s": round(sum(examples) / max(seconds, 1e-9))}
+    # of a machine that had other work in between, the sum says more than the run
+    return {"seconds": round(seconds, 1), "images_per_s": round(statistics.median(row["images_per_s"] for row in rows))}
 
 
 def _record_file(out: Path, name: str) -> Path:

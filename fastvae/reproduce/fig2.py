@@ -1,9 +1,9 @@
 """Kingma & Welling 2013, Figure 2: the lower bound against the number of training examples, AEVB and wake-sleep.
 
 The paper's set-up (Section 5, Appendix C): MNIST; encoder and decoder with one hidden layer of 500 tanh units; N_z = 3,
-5, 10, 20, 200; minibatches of 100, one sample per example; all parameters from N(0, 0.01), read as a standard
-deviation; Adagrad, its step the best of 0.01, 0.02, 0.1 over the first iterations (here 300) on the training set; a
-prior N(0, I) on the parameters; wake-sleep with the same encoder and decoder; 10^8 examples.
+5, 10, 20, 200; minibatches of 100, one sample per example; all parameters from N(0, 0.01), a variance as in the paper's
+other normal distributions; Adagrad, its step the best of 0.01, 0.02, 0.1 over the first iterations (here 300) on the
+training set; a prior N(0, I) on the parameters; wake-sleep with the same encoder and decoder; 10^8 examples.
 
 The paper does not say that the digits were binarised: the grey levels are the data, and so the bound is one of a
 cross-entropy, not of a likelihood. The paper's other data set, Frey Face, is not distributed with a licence: give it as
@@ -180,4 +180,4 @@ def write_result(options: Options) -> None:
         f"$N_z$ = {dim}": {method: records.get(f"{method}-{dim}", {}).get("points", []) for method in METHODS}
         for dim in LATENT_DIMS
     }
-    save(bounds_figure(panels, "bound (nats per example, grey levels)", (-150.0, -95.0)), options.out / "fig2.png")
+    save(bounds_figure(panels, "bound (nats, grey levels)", (-150.0, -95.0)), options.out / "fig2.png")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from torch import Tensor
 
 from fastvae.figures import BLUE, GREEN, VERMILION, styled
@@ -28,12 +28,13 @@ def bounds_figure(panels: Mapping[str, Mapping[str, Points]], label: str, limits
         label: of the vertical axis.
         limits: of the vertical axis, as the paper has them; a curve that lies wholly outside moves them.
     """
-    figure = Figure(figsize=(1240 / 150, 2.9), layout="constrained")
+    figure = Figure(figsize=(1240 / 150, 3.3), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     values = []
     for panel, (title, methods) in zip(axes, panels.items()):
         panel.set_title(title)
         panel.set_xscale("log")
+        panel.xaxis.set_minor_formatter(NullFormatter())
         for method, points in methods.items():
             examples = [point["examples"] for point in points]
             for split, dashes in (("train", "--"), ("test", "-")):
