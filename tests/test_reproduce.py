@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastvae.cli import main
 from fastvae.data import load_dataset
 from fastvae.errors import FastvaeError
 from fastvae.models import VAE
@@ -207,3 +208,14 @@ def test_a_run_of_other_settings_is_left_alone(data: Path, tmp_path: Path) -> No
     curves.train_to(config)
     with pytest.raises(FastvaeError, match="holds a run with other settings"):
         curves.train_to(dataclasses.replace(config, seed=1))
+
+
+def test_the_command_line_says_it_in_one_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["fastvae", "reproduce", "fig3", "--data", str(data), "--out", str(tmp_path / "out"), "--fraction", "2"]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "fastvae: error: --fraction is 2.0, expected more than 0 and at most 1\n"

@@ -15,6 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -104,7 +105,7 @@ def _config(options: Options, name: str) -> TrainConfig:
 
 def _trained(options: Options, name: str, part: Dataset, goal: int) -> VAE:
     """The model after `goal` training examples by the trainer."""
-    file = options.out / "data" / f"{part.name}-{len(part.train)}.npz"
+    file = options.out / "data" / f"{Path(part.name).stem}-{len(part.train)}.npz"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         train, test = (x.reshape(-1, *part.shape).numpy() for x in (part.train, part.test))
@@ -138,7 +139,7 @@ def _mcem(options: Options, name: str, part: Dataset, goal: int) -> VAE:
         for lr in STEP_SIZES:
             em = start(lr)
             _advance(em, PILOT_STEPS // UPDATES, lambda: None)
-            reached[lr] = float(em.nll)
+            reached[lr] = float(em.nll.nan_to_num(nan=math.inf))
         write_atomic(choice, json.dumps(min(reached, key=lambda lr: reached[lr])) + "\n")
     em = start(float(json.loads(choice.read_text())))
     checkpoint = folder / "last.safetensors"
