@@ -74,6 +74,15 @@ def _gaussian_nll(mu: Tensor, logvar: Tensor, x: Tensor) -> Results:
     return (0.5 * (LOG_2PI + logvar + (_unit(x, mu) - mu).square() * torch.exp(-logvar)).sum(-1),)
 
 
+def _linear_bernoulli_nll(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Results:
+    return _bernoulli_nll(F.linear(h, weight, bias), x)
+
+
+def _linear_gaussian_nll(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Results:
+    mu, logvar = F.linear(h, weight, bias).chunk(2, dim=-1)
+    return _gaussian_nll(mu, logvar, x)
+
+
 def _gather(data: Tensor, index: Tensor) -> Results:
     return (data[index].float() / 255.0,)
 
@@ -92,6 +101,8 @@ EAGER: dict[str, Function] = {
     "bernoulli_nll_loss": _mean(_bernoulli_nll),
     "gaussian_nll": _gaussian_nll,
     "gaussian_nll_loss": _mean(_gaussian_nll),
+    "linear_bernoulli_nll": _linear_bernoulli_nll,
+    "linear_gaussian_nll": _linear_gaussian_nll,
     "linear_bernoulli_nll_loss": _after_linear(_bernoulli_nll),
     "gather_batch": _gather,
     "gather_batch_binarize": _gather_binarize,

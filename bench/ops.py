@@ -108,6 +108,14 @@ def _layer(case: Case, device: str) -> list[Tensor]:
     return [*leaves, _data(case, device, batch, outputs)]
 
 
+def _samples_layer(case: Case, device: str) -> list[Tensor]:
+    """Shape K x B x H x D: h `[K, B, H]`, weight and bias of D outputs (2 D for a Gaussian), data `[B, D]`."""
+    *rows, width, elements = case.dims
+    outputs = elements * (2 if case.op == "linear_gaussian_nll" else 1)
+    leaves = _leaves(case, device, (*rows, width), (outputs, width), (outputs,), scale=width**-0.25)
+    return [*leaves, _data(case, device, rows[-1], elements)]
+
+
 def _data_set(case: Case, device: str) -> list[Tensor]:
     """A data set of 20,000 examples, and the index of a batch of them."""
     index = torch.randint(0, 20_000, case.dims[:1], generator=torch.Generator().manual_seed(3))
@@ -165,6 +173,10 @@ def _one_pass_bytes(case: Case, t: Sequence[Tensor]) -> dict[str, int | None]:
 def _linear_bytes(case: Case, t: Sequence[Tensor]) -> dict[str, int | None]:
     # bound by the three matrix products
     return {"both": None}
+
+
+def _linear_nll_bytes(case: Case, t: Sequence[Tensor]) -> dict[str, int | None]:
+    return {"forward": None, "backward": None, "both": None}
 
 
 def _gather_bytes(case: Case, t: Sequence[Tensor]) -> dict[str, int | None]:
@@ -226,6 +238,15 @@ def _reference_linear(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Res
     return (reference.bernoulli_nll(torch.nn.functional.linear(h, weight, bias), x).mean(),)
 
 
+def _reference_linear_nll(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Results:
+    return (reference.bernoulli_nll(torch.nn.functional.linear(h, weight, bias), x),)
+
+
+def _reference_linear_normal(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Results:
+    mu, logvar = torch.nn.functional.linear(h, weight, bias).chunk(2, dim=-1)
+    return (reference.gaussian_nll(mu, logvar, x),)
+
+
 def _seeded(function: Callable[..., Any]) -> Function:
     def seeded(mu: Tensor, logvar: Tensor, **options: Any) -> Results:
         results = function(mu, logvar, torch.zeros(1, dtype=torch.int64, device=mu.device), **options)
@@ -273,6 +294,8 @@ OPS = {
     "gaussian_nll": Op(_normal, _one(F.gaussian_nll), _one(reference.gaussian_nll), _likelihood_bytes),
     "gaussian_nll_loss": Op(_normal, _loss(F.gaussian_nll_loss), _mean(reference.gaussian_nll), _one_pass_bytes),
     "linear_bernoulli_nll_loss": Op(_layer, _loss(F.linear_bernoulli_nll_loss), _reference_linear, _linear_bytes),
+    "linear_bernoulli_nll": Op(_samples_layer, _one(F.linear_bernoulli_nll), _reference_linear_nll, _linear_nll_bytes),
+    "linear_gaussian_nll": Op(_samples_layer, _one(F.linear_gaussian_nll), _reference_linear_normal, _linear_nll_bytes),
     "gather_batch": Op(_data_set, _one(F.gather_batch), _one(reference.gather_batch), _gather_bytes),
     "gather_batch_binarize": Op(
         _data_set,
@@ -302,6 +325,8 @@ PIXEL_SHAPES = {
     "gaussian_nll": PIXELS,
     "gaussian_nll_loss": PIXELS,
     "linear_bernoulli_nll_loss": ("128x400x784", "4096x400x784"),
+    "linear_bernoulli_nll": ("50x20x200x784", "50x100x200x784"),
+    "linear_gaussian_nll": ("50x20x200x784",),
 }
 BATCH_SHAPES = {"gather_batch": ("128x784", "4096x784"), "gather_batch_binarize": ("128x784", "4096x784")}
 

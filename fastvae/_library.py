@@ -107,6 +107,9 @@ bernoulli_nll_bwd = _operator(
     "bernoulli_nll_bwd(Tensor dnll, Tensor logits, Tensor x, Tensor? binarize_seed, SymInt example_offset) -> Tensor",
     lambda dnll, logits, *_: _like(logits),
 )
+linear_bernoulli_nll_fwd = _operator(
+    "linear_bernoulli_nll_fwd(Tensor h, Tensor weight, Tensor bias, Tensor x) -> Tensor", lambda h, *_: _loss(h)
+)
 gaussian_nll_fwd = _operator(
     "gaussian_nll_fwd(Tensor mu, Tensor logvar, Tensor x) -> Tensor", lambda mu, logvar, x: _loss(mu)
 )

@@ -1,56 +1,184 @@
-"""Output layer and likelihood in one, with a gradient for any upstream weight of each row.
+"""Output layer and likelihood in one, with a gradient for any upstream weight of each row, in bounded memory.
 
-    nll_r = sum_d [softplus(l_rd) - x_rd l_rd],   l = h W^T + b,   G_rd = d nll_r / d l_rd = sigmoid(l_rd) - x_rd
-
-for upstream weights w_r:
+    nll_r = -log p(x_r | o_r),   o = h W^T + b,   G_r = d nll_r / d o_r;   for upstream weights w_r
 
     dh = w (G W)        dW = G^T (w h)        db = G^T w
 
-The weights (importance weights need all samples' nll) are known only after the forward, yet one pass is enough: the
-forward overwrites the logits, which are its own, with G, and the backward folds w into the small matrices h and G W.
-G `[..., D]` itself is read by the two matrix products and by nothing else.
+The output `[..., outputs]` is made in chunks of rows by the vendor's matrix product, in the precision that torch is set
+to, and each chunk becomes nll, or its own gradient in place, before the next is made. The upstream weights (importance
+weights need all samples' nll) are known only after the forward. Where one buffer of G fits `KEEP_BYTES` the forward
+makes and keeps it, and the backward folds w into the small matrices h and G W. Where it does not, the backward makes
+the chunks again.
+
+On a GPU a Triton kernel can take the likelihood as the epilogue of the product, and no output reaches memory at all. It
+runs where that traffic counts, see `Bernoulli.in_one_kernel`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.functional import linear, softplus
 
 from fastvae import reference
 from fastvae._autograd import Grad, Kernels, reference_grads
 
+CHUNK_BYTES = 32 * 2**20
+"""Size of a chunk of the output: thousands of rows of an image model, as many as a matrix product wants."""
 
-class LinearBernoulliNLL(Function):
+KEEP_BYTES = 64 * 2**20
+"""Size of the gradient that a forward may keep for its backward."""
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """The output is logits `[..., D]`."""
+
+    kernels: Kernels
+
+    def in_one_kernel(self, h: Tensor, weight: Tensor) -> bool:
+        """Whether the forward is left to the Triton kernel: on a GPU, for more logits than one chunk, on tensor cores.
+
+        A rule from arithmetic, not from measurement. On tensor cores the product takes about as long as moving its
+        logits to memory and back, which the kernel saves. In full float32 the product takes ten times as long, and the
+        vendor's is the better one.
+        """
+        tensor_cores = h.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+        return h.device.type != "cpu" and tensor_cores and _output_bytes(h, weight) > CHUNK_BYTES
+
+    def nll(self, out: Tensor, x: Tensor) -> Tensor:
+        nll: Tensor = self.kernels.bernoulli_nll_fwd(out, x, None, 0)
+        return nll
+
+    def nll_and_grad(self, out: Tensor, x: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """nll, and row_weight * G in the place of `out`."""
+        nll, grad, _ = self.kernels.bernoulli_nll_with_grad(out, x, row_weight, None, 0, False, out=out)
+        return nll, grad
+
+    def exact(self, out: Tensor, x: Tensor) -> Tensor:
+        return reference.bernoulli_nll(out, x)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """The output is means and log-variances `[..., 2 D]`, the latter with a smooth floor, if any."""
+
+    kernels: Kernels
+    floor: float | None
+
+    def in_one_kernel(self, h: Tensor, weight: Tensor) -> bool:
+        return False
+
+    def split(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """(mu, logvar) `[..., D]`."""
+        mu, raw = out.chunk(2, dim=-1)
+        return mu, raw if self.floor is None else self.floor + softplus(raw - self.floor)
+
+    def nll(self, out: Tensor, x: Tensor) -> Tensor:
+        nll: Tensor = self.kernels.gaussian_nll_fwd(*self.split(out), x)
+        return nll
+
+    def nll_and_grad(self, out: Tensor, x: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """nll, and row_weight * G, in the place of `out` unless there is a floor."""
+        mu, logvar = self.split(out)
+        nll, dmu, dlogvar, _ = self.kernels.gaussian_nll_with_grad(mu, logvar, x, row_weight, False, out=(mu, logvar))
+        if dmu is mu and dlogvar is logvar and self.floor is None:
+            return nll, out
+        if self.floor is not None:
+            # d logvar / d raw, from the raw half that is still as it was
+            dlogvar = dlogvar * torch.sigmoid(out.chunk(2, dim=-1)[1] - self.floor)
+        return nll, torch.cat((dmu, dlogvar), dim=-1)
+
+    def exact(self, out: Tensor, x: Tensor) -> Tensor:
+        return reference.gaussian_nll(*self.split(out), x)
+
+
+Likelihood = Bernoulli | Gaussian
+
+
+def _output_bytes(h: Tensor, weight: Tensor) -> int:
+    return h.shape[0] * h.shape[1] * weight.shape[0] * h.element_size()
+
+
+def _chunks(h: Tensor, outputs: int) -> Iterator[tuple[slice, slice]]:
+    """Parts of the rows `[K, B]` of h `[K, B, H]` whose outputs fit a chunk: whole samples if one does."""
+    num_samples, num_examples = h.shape[:2]
+    rows = max(1, CHUNK_BYTES // max(1, outputs * h.element_size()))
+    samples, examples = (rows // num_examples, num_examples) if rows >= num_examples > 0 else (1, rows)
+    for k in range(0, num_samples, samples):
+        for b in range(0, num_examples, examples):
+            yield slice(k, k + samples), slice(b, b + examples)
+
+
+def forward(likelihood: Likelihood, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """nll `[K, B]` for h `[K, B, H]` and x `[K, B, D]`, without a gradient."""
+    if likelihood.in_one_kernel(h, weight):
+        fused: Tensor = likelihood.kernels.linear_bernoulli_nll_fwd(h, weight, bias, x)
+        return fused
+    nll = h.new_empty(h.shape[:2], dtype=torch.float32)
+    for part in _chunks(h, len(bias)):
+        nll[part] = likelihood.nll(linear(h[part], weight, bias), x[part])
+    return nll
+
+
+class LinearNLL(Function):
+    """h `[K, B, H]` (leading dimensions flattened), weight `[outputs, H]`, bias `[outputs]`, x `[K, B, D]`."""
+
     @staticmethod
-    def forward(ctx: Any, kernels: Kernels, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-        logits = torch.nn.functional.linear(h, weight, bias)
-        one = logits.new_ones((), dtype=torch.float32).expand(logits.shape[:-1])
-        nll, gradient, _ = kernels.bernoulli_nll_with_grad(logits, x, one, None, 0, False, out=logits)
-        ctx.save_for_backward(h, weight, bias, x, gradient)
+    def forward(ctx: Any, likelihood: Likelihood, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+        ctx.likelihood = likelihood
+        if _output_bytes(h, weight) > KEEP_BYTES:
+            ctx.save_for_backward(h, weight, bias, x, None)
+            return forward(likelihood, h, weight, bias, x)
+        one = h.new_ones((), dtype=torch.float32).expand(h.shape[:2])
+        nll, grad = likelihood.nll_and_grad(linear(h, weight, bias), x, one)
+        ctx.save_for_backward(h, weight, bias, x, grad)
         return nll
 
     @staticmethod
     def backward(ctx: Any, dnll: Tensor) -> tuple[Any, ...]:
-        h, weight, bias, x, gradient = ctx.saved_tensors
+        h, weight, bias, x, grad = ctx.saved_tensors
+        likelihood, needed = ctx.likelihood, ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
-
-            def op(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-                return reference.bernoulli_nll(torch.nn.functional.linear(h, weight, bias), x)
-
-            return None, *reference_grads(op, (h, weight, bias), (dnll,)), None
-        return None, *_weighted(ctx.needs_input_grad[1:4], dnll, h, weight, gradient), None
+            grads = reference_grads(lambda *layer: likelihood.exact(linear(*layer), x), (h, weight, bias), (dnll,))
+        elif grad is not None:
+            grads = _weighted(needed, dnll, h, weight, grad)
+        else:
+            grads = _recomputed(likelihood, needed, dnll, h, weight, bias, x)
+        return None, *grads, None
 
 
 def _weighted(
-    needed: tuple[bool, ...], dnll: Tensor, h: Tensor, weight: Tensor, gradient: Tensor
+    needed: tuple[bool, ...], dnll: Tensor, h: Tensor, weight: Tensor, grad: Tensor
 ) -> tuple[Grad, Grad, Grad]:
-    """dh, dW, db from G, those that are needed."""
+    """dh, dW, db, those that are needed, from G."""
     w = dnll.to(h.dtype).unsqueeze(-1)
-    rows = gradient.flatten(0, -2).t()
-    dh = w * (gradient @ weight) if needed[0] else None
-    dweight = rows @ (w * h).flatten(0, -2) if needed[1] else None
-    dbias = rows @ w.flatten() if needed[2] else None
+    columns = grad.flatten(0, -2).t()
+    dh = w * (grad @ weight) if needed[0] else None
+    dweight = columns @ (w * h).flatten(0, -2) if needed[1] else None
+    dbias = columns @ w.flatten() if needed[2] else None
     return dh, dweight, dbias
+
+
+def _recomputed(
+    likelihood: Likelihood, needed: tuple[bool, ...], dnll: Tensor, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor
+) -> tuple[Grad, Grad, Grad]:
+    """The same from chunks that are made again, w folded in by the kernel; sums over chunks in float32."""
+    dh = torch.empty_like(h) if needed[0] else None
+    dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if needed[1] else None
+    dbias = bias.new_zeros(bias.shape, dtype=torch.float32) if needed[2] else None
+    for part in _chunks(h, len(bias)):
+        _, grad = likelihood.nll_and_grad(linear(h[part], weight, bias), x[part], dnll[part])
+        if dh is not None:
+            dh[part] = grad @ weight
+        rows = grad.flatten(0, -2)
+        if dweight is not None:
+            dweight += rows.t() @ h[part].flatten(0, -2)
+        if dbias is not None:
+            dbias += rows.sum(0, dtype=torch.float32)
+    return dh, None if dweight is None else dweight.to(weight.dtype), None if dbias is None else dbias.to(bias.dtype)

@@ -130,7 +130,7 @@ def evaluate(
             x = F.gather_batch(batch, row[: len(batch)], transform=transform, seed=key, example_offset=start)
             mu, logvar = model.encode(x)
             z, kl, kl_per_dim = F.reparameterize_kl_per_dim(mu, logvar, seed=key, example_offset=start)
-            nll = model.likelihood.nll(model.decode(z), x)
+            nll = model.nll(z, x)
             per_example = [nll.double(), kl.double()]
             if num_samples is not None:
                 value, stderr, size = log_likelihood(model, x, num_samples=num_samples, seed=key, example_offset=start)
@@ -198,7 +198,7 @@ def log_likelihood(
                 example_offset=example_offset,
                 sample_offset=k,
             )
-            log_w = log_ratio.double() - model.likelihood.nll(model.decode(z), x).double()
+            log_w = log_ratio.double() - model.nll(z, x).double()
             above = torch.maximum(top, log_w.amax(0))
             shrink, w = torch.exp(top - above), torch.exp(log_w - above)
             total = total * shrink + w.sum(0)

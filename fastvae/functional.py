@@ -46,7 +46,9 @@ __all__ = [
     "iwae_bound",
     "kl_normal",
     "kl_standard_normal",
+    "linear_bernoulli_nll",
     "linear_bernoulli_nll_loss",
+    "linear_gaussian_nll",
     "negative_elbo",
     "reparameterize",
     "reparameterize_kl",
@@ -408,20 +410,72 @@ def _check_layer(h: Tensor, weight: Tensor, bias: Tensor) -> None:
 
 
 def linear_bernoulli_nll(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    """`bernoulli_nll(F.linear(h, weight, bias), x)`: the output layer and its likelihood in one.
+    """`bernoulli_nll(F.linear(h, weight, bias), x)`, with the logits never stored: for samples by the thousand.
 
-    `h [..., H]`, `weight [D, H]`, `bias [D]`, `x` broadcastable to `[..., D]` -> `[...]` float32, nats. Differentiable
-    for any upstream gradient, with one `[..., D]` buffer in all. Errors as `bernoulli_nll`.
+    Args:
+        h: `[..., H]`, for example `[K, B, H]`.
+        weight: `[D, H]`.
+        bias: `[D]`.
+        x: data that broadcasts to `[..., D]`; not copied.
+
+    Returns:
+        `[...]` float32. Differentiable for any upstream gradient. Of the logits 32 MiB exist at a time; to spare the
+        backward a matrix product, a gradient of up to 64 MiB is kept for it. Matrix products run in h's dtype (under
+        autocast in autocast's), float32 in the precision of `torch.set_float32_matmul_precision`.
+
+    Raises:
+        ValueError: wrong dtype, device or shape.
     """
     _check_layer(h, weight, bias)
-    if torch.is_autocast_enabled(h.device.type):
-        dtype = torch.get_autocast_dtype(h.device.type)
-        h, weight, bias = h.to(dtype), weight.to(dtype), bias.to(dtype)
-    kernels = _training_kernels("bernoulli_nll", x, h, weight, bias)
+    kernels = _layer_kernels("bernoulli_nll", h, weight, bias, x)
     if kernels is None:
         return bernoulli_nll(torch.nn.functional.linear(h, weight, bias), x)
-    x = data_like(x, h.new_empty(()).expand(*h.shape[:-1], weight.shape[0]))
-    return _linear_nll.LinearBernoulliNLL.apply(kernels, h, weight, bias, x)
+    return _linear_nll_of(_linear_nll.Bernoulli(kernels), h, weight, bias, x, weight.shape[0])
+
+
+def linear_gaussian_nll(
+    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, *, logvar_floor: float | None = None
+) -> Tensor:
+    """`gaussian_nll(mu, logvar, x)` with (mu, raw) the halves of `F.linear(h, weight, bias)`, which is never stored.
+
+    logvar is raw, or `logvar_floor + softplus(raw - logvar_floor)`. `weight [2 D, H]`, `bias [2 D]`; otherwise as
+    `linear_bernoulli_nll`.
+    """
+    _check_layer(h, weight, bias)
+    if len(bias) % 2:
+        raise ValueError(f"expected weight [2 D, H] and bias [2 D], means and log-variances, got {shapes(bias=bias)}")
+    kernels = _layer_kernels("gaussian_nll", h, weight, bias, x)
+    likelihood = _linear_nll.Gaussian(kernels, logvar_floor)
+    if kernels is None:
+        return gaussian_nll(*likelihood.split(torch.nn.functional.linear(h, weight, bias)), x)
+    return _linear_nll_of(likelihood, h, weight, bias, x, weight.shape[0] // 2)
+
+
+def _layer_kernels(op: str, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Any:
+    """The kernels for an output layer, or None for the reference: no kernel gives a gradient for the data."""
+    return None if x.requires_grad else _kernels(op, *_layer_in_one_dtype(h, weight, bias), x)
+
+
+def _layer_in_one_dtype(h: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+    if torch.is_autocast_enabled(h.device.type):
+        dtype = torch.get_autocast_dtype(h.device.type)
+        return [h.to(dtype), weight.to(dtype), bias.to(dtype)]
+    return predictions(h=h, weight=weight, bias=bias)
+
+
+def _linear_nll_of(
+    likelihood: _linear_nll.Likelihood, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, num_elements: int
+) -> Tensor:
+    leading = h.shape[:-1]
+    x = data_like(x, h.new_empty(()).expand(*leading, num_elements))
+    h, weight, bias = _layer_in_one_dtype(h, weight, bias)
+    # a row per (sample, example): the data of [B, D] is every sample's, by a stride of 0
+    h, x = (t.unsqueeze(0) if t.ndim == 2 else t.flatten(0, -3) for t in (h, x))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (h, weight, bias)):
+        nll = _linear_nll.LinearNLL.apply(likelihood, h, weight, bias, x)
+    else:
+        nll = _linear_nll.forward(likelihood, h, weight, bias, x)
+    return nll.reshape(leading)
 
 
 def negative_elbo(nll: Tensor, kl: Tensor, *, beta: float | Tensor = 1.0) -> Tensor:

@@ -135,6 +135,11 @@ class GaussianLikelihood(Likelihood):
     def loss(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return F.gaussian_nll_loss(*self.mean_and_logvar(params), x, weight=weight)
 
+    def linear_nll(self, h: Tensor, layer: nn.Linear, x: Tensor) -> Tensor:
+        if self.raw_logvar is not None:
+            return super().linear_nll(h, layer, x)
+        return F.linear_gaussian_nll(h, layer.weight, layer.bias, x, logvar_floor=self.logvar_floor)
+
     def mean(self, params: Tensor) -> Tensor:
         return self.mean_and_logvar(params)[0].float().clamp(0.0, 1.0)
 

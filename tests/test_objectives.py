@@ -212,7 +212,7 @@ def test_less_noise_on_a_trained_model() -> None:
     data = load_dataset("digits").train.float() / 255.0
     model = VAE.mlp(data_shape=(64,), latent_dim=4, hidden=(32,))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for step in range(400):
+    for step in range(250):
         x = torch.bernoulli(data[torch.randint(len(data), (100,))])
         loss = model(x, seed=torch.tensor([step]), objective="iwae", num_samples=5).loss
         optimizer.zero_grad()
@@ -220,7 +220,7 @@ def test_less_noise_on_a_trained_model() -> None:
         optimizer.step()
     noise = {
         (gradient, k): sum(
-            encoder_gradients(model, x.round(), 500, num_samples=k, gradient=gradient).var(0).sum() for x in data[:20]
+            encoder_gradients(model, x.round(), 500, num_samples=k, gradient=gradient).var(0).sum() for x in data[:10]
         )
         for gradient in ("plain", "stl", "dreg")
         for k in (1, 8)
@@ -255,51 +255,3 @@ def test_settings_without_meaning_are_refused(options: dict[str, Any], message: 
 def test_an_unknown_objective_is_refused() -> None:
     with pytest.raises(FastvaeError, match="objective is 'vae', expected one of elbo, iwae"):
         MODELS["bernoulli"]()(torch.rand(B, 12), objective="vae")
-
-
-class TestLinearBernoulliNLL:
-    """The output layer and its likelihood, for any weight of each row."""
-
-    @staticmethod
-    def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(0)
-        shapes = ((K, B, 9), (33, 9), (33,), (B, 33), (K, B))
-        h, weight, bias, x, upstream = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
-        leaves = (t.to(dtype).requires_grad_() for t in (h, weight, bias))
-        return *leaves, torch.sigmoid(x).to(dtype), upstream.to(dtype)
-
-    @staticmethod
-    def plain(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-        return reference.bernoulli_nll(nn.functional.linear(h, weight, bias), x)
-
-    @pytest.mark.parametrize("backend", ["numba", "triton"])
-    def test_gradients_for_any_row_weights(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("FASTVAE_BACKEND", backend)
-        *leaves, x, upstream = self.inputs()
-        *exact, x64, upstream64 = self.inputs(torch.float64)
-        expected = torch.autograd.grad(self.plain(*exact, x64), exact, upstream64)
-        nll = F.linear_bernoulli_nll(*leaves, x)
-        torch.testing.assert_close(nll.double(), self.plain(*exact, x64), rtol=1e-5, atol=1e-4)
-        # twice: the first backward must leave what it read as it was
-        for _ in range(2):
-            got = torch.autograd.grad(nll, leaves, upstream, retain_graph=True)
-            for g, e in zip(got, expected):
-                torch.testing.assert_close(g.double(), e, rtol=1e-4, atol=1e-4)
-        for i, leaf in enumerate(leaves):
-            alone = [t if t is leaf else t.detach() for t in leaves]
-            (got_alone,) = torch.autograd.grad(F.linear_bernoulli_nll(*alone, x), leaf, upstream)
-            torch.testing.assert_close(got_alone, got[i])
-
-    def test_double_backward(self) -> None:
-        *leaves, x, upstream = self.inputs()
-        seconds = []
-        for op in (F.linear_bernoulli_nll, self.plain):
-            first = torch.autograd.grad(op(*leaves, x), leaves, upstream, create_graph=True)
-            seconds.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
-        torch.testing.assert_close(*seconds, rtol=1e-3, atol=1e-3)
-
-    def test_float64_and_no_gradient(self) -> None:
-        *leaves, x, _ = self.inputs(torch.float64)
-        torch.testing.assert_close(F.linear_bernoulli_nll(*leaves, x), self.plain(*leaves, x), rtol=1e-12, atol=1e-12)
-        with torch.no_grad():
-            torch.testing.assert_close(F.linear_bernoulli_nll(*leaves, x), self.plain(*leaves, x))
