@@ -122,7 +122,7 @@ def _counted_launches(moved: Moved) -> contextlib.AbstractContextManager[object]
 @contextlib.contextmanager
 def instrumented(step: TrainingStep) -> Iterator[Moved]:
     """Ranges around the stages of the step and around this package's functions, put on from outside."""
-    cuda = step.data.is_cuda
+    cuda = step.data.device.type == "cuda"
     moved: Moved = defaultdict(int)
     likelihood = step.model.likelihood
     stages: list[tuple[Any, str, str]] = [

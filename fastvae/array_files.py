@@ -1,9 +1,14 @@
-"""Arrays from files: IDX (gzipped or not), `.npy`, `.npz`, or a folder of them. What is not compressed is mapped."""
+"""Arrays from files: IDX (gzipped or not), `.npy`, `.npz`, or a folder of them. What is not compressed is mapped.
+
+A page of a mapped file counts as this process's memory from when it is read until it is given back, which costs nothing
+but another look into the page cache.
+"""
 
 from __future__ import annotations
 
 import gzip
 import math
+import mmap
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -15,7 +20,7 @@ from numpy.typing import NDArray
 
 from fastvae.errors import FastvaeError, one_line
 
-__all__ = ["Source", "read_file", "read_folder"]
+__all__ = ["Source", "advise", "mapped_file", "read_file", "read_folder"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,20 @@ class Source:
 
     where: str
     array: NDArray[Any]
+
+
+def mapped_file(array: NDArray[Any]) -> mmap.mmap | None:
+    """The map that `array` is a view of, if it is one of a file."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base if isinstance(base, mmap.mmap) else None
+
+
+def advise(file: mmap.mmap | None, advice: str, start: int = 0, length: int | None = None) -> None:
+    """`madvise` where there is it (not on Windows): "MADV_DONTNEED" gives the pages of a mapped file back."""
+    if file is not None and hasattr(mmap, advice):
+        file.madvise(getattr(mmap, advice), start, len(file) - start if length is None else length)
 
 
 def read_folder(folder: Path) -> dict[str, Source]:

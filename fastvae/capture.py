@@ -26,6 +26,9 @@ def captured(step: TrainingStep, config: TrainConfig, say: Callable[[str], None]
     if config.optimizer == "adagrad":
         say("no CUDA graph: torch's Adagrad keeps its step counter on the host")
         return step
+    if step.replica is not None:
+        say("no CUDA graph: the ranks' gradients are averaged outside of one")
+        return step
     return CapturedStep(step, say)
 
 

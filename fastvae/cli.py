@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +11,7 @@ import tyro
 from tyro.conf import Positional
 
 from fastvae.config import TrainConfig
-from fastvae.errors import FastvaeError, Stopped
+from fastvae.errors import FastvaeError, RankLost, Stopped
 
 Run = Annotated[Path, tyro.conf.arg(metavar="RUN")]
 
@@ -152,11 +153,13 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point: a mistake of the user ends with one line and exit code 2."""
+    """Entry point: a mistake of the user ends with one line and exit code 2. Of many ranks the first one speaks."""
     from fastvae import __version__
     from fastvae.malloc import keep_freed_memory
 
     keep_freed_memory()
+    speaks = os.environ.get("RANK", "0") == "0"
+
     arguments = sys.argv[1:]
     if arguments == ["--version"]:
         print(f"fastvae {__version__}")
@@ -179,8 +182,10 @@ def main() -> None:
             args=arguments,
         )
     except FastvaeError as error:
-        print(f"fastvae: error: {error}", file=sys.stderr)
+        if speaks or isinstance(error, RankLost):
+            print(f"fastvae: error: {error}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
-        print(f"fastvae: {stopped}", file=sys.stderr)
+        if speaks:
+            print(f"fastvae: {stopped}", file=sys.stderr)
         sys.exit(128 + stopped.signum)

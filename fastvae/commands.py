@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import io
 import json
 import platform
@@ -20,8 +19,11 @@ from fastvae.checkpoint import write_atomic
 from fastvae.data import load_dataset
 from fastvae.errors import FastvaeError
 from fastvae.models import VAE
+from fastvae.placement import fits_on
 from fastvae.run import Run
+from fastvae.stream import HostRows
 from fastvae.train import pick_device
+from fastvae.versions import library_versions
 
 __all__ = ["doctor", "encode", "evaluate", "manifold", "reconstruct", "sample"]
 
@@ -40,15 +42,19 @@ def evaluate(path: Path, *, num_samples: int | None, max_examples: int | None, d
     config, model = run.read_config(), VAE.from_pretrained(path).to(pick_device(device))
     dataset = load_dataset(config.data, data_dir=config.data_dir)
     where = next(model.parameters()).device
+    fits = fits_on(where, dataset.num_bytes)
     results = {
         split: evaluate_model(
             model,
-            data[:max_examples].to(where),
+            data[:max_examples].to(where) if fits else HostRows(data[:max_examples], file),
             transform=config.transform,
             seed=config.seed,
             num_samples=num_samples,
         )
-        for split, data in (("train", dataset.train), ("test", dataset.test))
+        for split, data, file in (
+            ("train", dataset.train, dataset.train_file),
+            ("test", dataset.test, dataset.test_file),
+        )
     }
     table = Table(title=f"{path}: nats per example ({config.nll_label})", title_justify="left")
     table.add_column("")
@@ -138,13 +144,9 @@ def encode(path: Path, *, data: str | None, out: Path, split: str) -> None:
 
 def doctor() -> None:
     """Versions, devices, and the backend of each op on each device here, with the reason."""
-    for package in ("fastvae-kernels", "torch", "triton", "numba", "numpy"):
-        try:
-            version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            version = "not installed"
-        _console.print(f"{package:16} {version}")
-    _console.print(f"{'python':16} {platform.python_version()} on {platform.platform()}")
+    for name, version in library_versions().items():
+        _console.print(f"{name:16} {version}")
+    _console.print(f"{'platform':16} {platform.platform()}")
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for device in devices:

@@ -90,7 +90,9 @@ class TrainConfig:
     seed: int = 0
     """Decides the initial weights, the order of the examples and all noise."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda or cuda:N (under torchrun each process takes a CUDA device of its own)."""
+    data_on: Literal["auto", "device", "host"] = "auto"
+    """Where the data is: on the device; on the host, in batches from there; auto: on the device if it takes half."""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     """Matrix products: float32; float32 through TF32 tensor cores; bfloat16 autocast with float32 weights."""
     cuda_graph: bool = True
@@ -103,12 +105,14 @@ class TrainConfig:
     """Epochs between evaluations on the test set."""
     checkpoint_every: int | None = None
     """Steps between checkpoints (default: each epoch)."""
+    checkpoint_minutes: float | None = None
+    """Minutes between checkpoints; with --checkpoint-every whichever comes first, without it instead of each epoch."""
     tensorboard: bool = False
     """Also write TensorBoard event files into the run directory (extra: tensorboard)."""
 
     def __post_init__(self) -> None:
         positive = ("latent_dim", "epochs", "batch_size", "num_samples", "lr", "adam_eps", "log_every", "eval_every")
-        optional = ("max_steps", "clip_grad_norm", "checkpoint_every")
+        optional = ("max_steps", "clip_grad_norm", "checkpoint_every", "checkpoint_minutes")
         not_negative = ("lr_warmup_steps", "beta", "beta_warmup_steps", "free_bits", "weight_decay", "seed")
         for name in (*positive, *(name for name in optional if getattr(self, name) is not None)):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):

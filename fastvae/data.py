@@ -15,6 +15,8 @@ not compressed are mapped, not read, and remain so unless their type has to chan
 from __future__ import annotations
 
 import difflib
+import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastvae.array_files import Source, read_file, read_folder
+from fastvae.array_files import Source, advise, mapped_file, read_file, read_folder
 from fastvae.downloads import DOWNLOADS, download
 from fastvae.errors import FastvaeError
 
 __all__ = ["Dataset", "load_dataset"]
+
+PIECE_BYTES = 16 * 2**20
+"""How much of a file is looked through at a time."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,12 @@ class Dataset:
     train: Tensor  # [N, D], uint8 (x / 255) or float32 in [0, 1], contiguous, on the CPU
     test: Tensor  # [M, D], of the same dtype
     shape: tuple[int, ...]  # of one example, D = prod(shape), channels first: (28, 28) or (3, 32, 32)
+    train_file: mmap.mmap | None = None  # the mapped file that `train` is a view of, if it is one
+    test_file: mmap.mmap | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return self.train.nbytes + self.test.nbytes
 
 
 def load_dataset(name_or_path: str, *, data_dir: Path | None = None) -> Dataset:
@@ -96,8 +107,9 @@ def _dataset(name: str, sources: dict[str, Source]) -> Dataset:
             f"{sources['test'].where} has examples of shape {test.shape[1:]}, {test.dtype}: expected "
             f"{train.shape[1:]}, {train.dtype}, as in {sources['train'].where}"
         )
-    rows = [torch.from_numpy(np.ascontiguousarray(x).reshape(len(x), -1)) for x in (train, test)]
-    return Dataset(name, train=rows[0], test=rows[1], shape=train.shape[1:])
+    rows = [np.ascontiguousarray(x).reshape(len(x), -1) for x in (train, test)]
+    tensors, files = [torch.from_numpy(x) for x in rows], [mapped_file(x) for x in rows]
+    return Dataset(name, tensors[0], tensors[1], train.shape[1:], files[0], files[1])
 
 
 def _examples(source: Source) -> NDArray[Any]:
@@ -115,9 +127,19 @@ def _examples(source: Source) -> NDArray[Any]:
         return x
     if x.dtype.kind != "f":
         raise FastvaeError(f"{where} has type {x.dtype}: expected uint8, bool, or floating point in [0, 1]")
-    low, high = x.min(), x.max()
+    bounds = np.array([(piece.min(), piece.max()) for piece in _pieces(x)])
+    low, high = bounds[:, 0].min(), bounds[:, 1].max()
     if np.isnan(low):
-        raise FastvaeError(f"{where} has NaN at {np.isnan(x).sum():,} of {x.size:,} places: expected values in [0, 1]")
+        count = sum(int(np.isnan(piece).sum()) for piece in _pieces(x))
+        raise FastvaeError(f"{where} has NaN at {count:,} of {x.size:,} places: expected values in [0, 1]")
     if low < 0 or high > 1:
         raise FastvaeError(f"{where} has values from {low:g} to {high:g}: expected [0, 1], or uint8 from 0 to 255")
     return x.astype(np.float32, copy=False)
+
+
+def _pieces(x: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """All of `x`, some rows at a time: a mapped file is never in memory as a whole."""
+    rows, file = max(1, PIECE_BYTES * len(x) // x.nbytes), mapped_file(x)
+    for start in range(0, len(x), rows):
+        yield x[start : start + rows]
+        advise(file, "MADV_DONTNEED")

@@ -14,7 +14,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastvae.errors import FastvaeError, Stopped
+from fastvae.errors import FastvaeError, RankLost, Stopped, one_line
 
-__all__ = ["ALONE", "Meetings", "Ranks", "Replica", "is_main", "join", "torchrun_job"]
+__all__ = ["ALONE", "Meetings", "Ranks", "Replica", "join", "torchrun_job"]
 
 T = TypeVar("T")
 
@@ -96,14 +96,15 @@ class Ranks:
         result: T = message[0]
         return result
 
-    def check_same(self, what: str, value: object) -> None:
-        """Raises: FastvaeError if `value` is not equal on all ranks."""
+    def check_same(self, facts: Mapping[str, object]) -> None:
+        """Raises: FastvaeError, which names the first of `facts` that is not equal on all ranks."""
         if self.size == 1:
             return
-        values = self._gather(value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
-                raise FastvaeError(f"the ranks have different {what}: rank 0 {values[0]}, rank {rank} {other}")
+        everyones: list[dict[str, object]] = self._gather(dict(facts))
+        for name, first in everyones[0].items():
+            for rank, others in enumerate(everyones):
+                if others[name] != first:
+                    raise FastvaeError(f"{name} is {first} on rank 0 and {others[name]} on rank {rank}")
 
     def _gather(self, value: object) -> list[Any]:
         values: list[Any] = [None] * self.size
@@ -118,8 +119,7 @@ ALONE = Ranks()
 def join() -> Iterator[Ranks]:
     """The ranks that `torchrun` has started, connected; `ALONE` without it. A group that exists already is used.
 
-    After an error the connections are left for the end of the process to close: to close them in order would need the
-    other ranks, and one that failed alone would wait for them for ever.
+    Raises: RankLost where another rank has left, for whatever reason.
     """
     if dist.is_available() and dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", dist.get_rank())))
@@ -131,14 +131,23 @@ def join() -> Iterator[Ranks]:
     # what ranks tell each other goes through host memory, gradients on a GPU through NCCL
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     ranks = Ranks(dist.get_rank(), size, int(os.environ["LOCAL_RANK"]))
+    stopped = None
     try:
-        yield ranks
-    except Stopped:
-        dist.destroy_process_group()
+        try:
+            yield ranks
+        except Stopped as raised:
+            stopped = raised
+        # nobody leaves before rank 0 has written the last file
+        ranks.sum(torch.zeros(1))
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise RankLost(f"rank {ranks.rank} has lost another: {one_line(error)}") from error
         raise
-    # nobody leaves before rank 0 has written the last file
-    ranks.sum(torch.zeros(1))
-    dist.destroy_process_group()
+    finally:
+        # waits for nobody, and tells whoever waits for this rank
+        dist.destroy_process_group()
+    if stopped is not None:
+        raise stopped
 
 
 class Meetings:
@@ -195,22 +204,15 @@ class Replica(nn.Module):
         assert grad is not None
         return grad
 
-    def distributed(self, example: Tensor) -> nn.parallel.DistributedDataParallel:
-        """Itself under DistributedDataParallel, all weights rank 0's; `example` is a batch, of any values."""
-        module = nn.parallel.DistributedDataParallel(
-            self, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
-        )
+    def distributed(self, example: Tensor, **options: Any) -> nn.parallel.DistributedDataParallel:
+        """Itself under DistributedDataParallel, all weights rank 0's, for batches like `example` and these options."""
+        module = nn.parallel.DistributedDataParallel(self, gradient_as_bucket_view=True, static_graph=True)
         # after its first backward the order in which it adds gradients up changes to that of their arrival: now, so
         # that the first step of a resumed run adds as the uninterrupted run did
         seed = torch.zeros(1, dtype=torch.int64, device=example.device)
-        module(example, seed=seed)[0].sum().backward()
+        module(example, seed=seed, **options)[0].sum().backward()
         module.zero_grad(set_to_none=True)
         return module
-
-
-def is_main() -> bool:
-    """Whether this process is the one of its `torchrun` that speaks to the user."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def torchrun_job() -> str | None:

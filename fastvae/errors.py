@@ -13,6 +13,10 @@ class FastvaeError(ValueError):
     """What a user can put right (exit code 2). The message is one line: what was got, and what was expected."""
 
 
+class RankLost(FastvaeError):  # noqa: N818 (the name says it)
+    """A rank can no longer reach the others: the one error that a rank other than 0 has to tell of itself."""
+
+
 def one_line(error: BaseException) -> str:
     """What another library said, for use in a message of ours."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

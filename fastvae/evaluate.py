@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import functional as F
+from fastvae.distributed import ALONE, Ranks
 from fastvae.errors import FastvaeError
 from fastvae.models import VAE
+from fastvae.stream import HostRows
 
 __all__ = ["Evaluation", "LogLikelihood", "active_units", "advice", "evaluate", "log_likelihood"]
 
@@ -92,12 +94,13 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def evaluate(
     model: VAE,
-    data: Tensor,
+    data: Tensor | HostRows,
     *,
     transform: str,
     seed: int,
     batch_size: int = 1000,
     num_samples: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """The numbers of `model` on all of `data`; the host waits for the device once, at the end.
 
@@ -108,6 +111,7 @@ def evaluate(
         seed: decides the binarisation or dequantization and the noise, together with an example's place in `data`.
         batch_size: examples at a time; of no influence on the result (see the module's text).
         num_samples: K, also estimate log p(x) from K importance samples per example.
+        ranks: those that call this together, with the same model and data: each takes its part of the examples.
 
     `bits_per_dim` is of the bound as the model states it. For binary data that is a code length. For a Gaussian
     likelihood it is of a density on [0, 1], which may be negative; dequantized data is (x + u) / 256 with u uniform in
@@ -125,8 +129,9 @@ def evaluate(
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     sums_per_dim = torch.zeros(3, model.latent_dim, dtype=torch.float64, device=device)
     with _evaluation_mode(model):
-        for start in range(0, len(data), batch_size):
-            batch = data[start : start + batch_size].to(device)
+        first, last = ranks.part(len(data))
+        for start in range(first, last, batch_size):
+            batch = data[start : min(start + batch_size, last)].to(device)
             x = F.gather_batch(batch, row[: len(batch)], transform=transform, seed=key, example_offset=start)
             mu, logvar = model.encode(x)
             z, kl, kl_per_dim = F.reparameterize_kl_per_dim(mu, logvar, seed=key, example_offset=start)
@@ -138,7 +143,7 @@ def evaluate(
             sums[: len(per_example)] += torch.stack(per_example).sum(1)
             mu = mu.double()
             sums_per_dim += torch.stack([kl_per_dim.double(), mu.sum(0), mu.square().sum(0)])
-    host = torch.cat([sums, sums_per_dim.flatten()]).cpu()
+    host = ranks.sum(torch.cat([sums, sums_per_dim.flatten()]).cpu())
     N = len(data)
     mean_nll, mean_kl, mean_value, _, mean_size = (host[:5] / N).tolist()
     kl_mean, mu_mean, mu_square_mean = (host[5:] / N).view(3, -1)

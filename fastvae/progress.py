@@ -15,10 +15,10 @@ LINE_SECONDS = 1.0
 
 
 class TrainingProgress:
-    """A context manager; `update` moves the bar, `report` shows an evaluation."""
+    """A context manager; `update` moves the bar, `report` shows an evaluation. One that is `quiet` shows nothing."""
 
-    def __init__(self, start: int, num_steps: int) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, start: int, num_steps: int, *, quiet: bool = False) -> None:
+        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
         self.start, self.num_steps = start, num_steps
         self.began = self.printed = time.monotonic()
         self.bar = Progress(
@@ -29,7 +29,7 @@ class TrainingProgress:
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
         )
         self.task = self.bar.add_task("", total=num_steps, completed=start, text="")
 

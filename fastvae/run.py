@@ -6,6 +6,7 @@ checkpoints/last.safetensors      everything needed to go on
 checkpoints/best.safetensors      the same, at the lowest test negative ELBO so far
 config.json, model.safetensors    the model, for `VAE.from_pretrained`
 figures/*.png
+job                               while it is not at its end: the `torchrun` job that trains it
 """
 
 from __future__ import annotations
@@ -33,26 +34,43 @@ class Run:
         self.last = path / "checkpoints" / "last.safetensors"
         self.best = path / "checkpoints" / "best.safetensors"
         self.figures = path / "figures"
+        self.job_file = path / "job"
 
     @classmethod
-    def create(cls, config: TrainConfig) -> Run:
-        """A new directory: `config.out`, which must not hold anything yet, or the first free runs/DATA."""
+    def create(cls, config: TrainConfig, job: str | None = None) -> Run:
+        """A new directory: `config.out`, which must not hold anything yet, or the first free runs/DATA.
+
+        Where the same `torchrun` job has begun a run with the same settings and not finished it: that run's.
+        """
         if config.out is not None:
             path = config.out
+            if cls(path)._is_of(job, config):
+                return cls(path)
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise FastvaeError(f"{path} exists already: expected a new --out (to go on: fastvae resume {path})")
         else:
             name = Path(config.data).stem or "run"
             numbered = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 1_000_000))
-            path = next(p for p in numbered if not p.exists())
+            path = next(p for p in numbered if not p.exists() or cls(p)._is_of(job, config))
+            if path.exists():
+                return cls(path)
         run = cls(path)
         try:
             for folder in (run.last.parent, run.figures):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FastvaeError(f"cannot create {path}: {error.strerror}") from error
+        if job is not None:
+            write_atomic(run.job_file, _job_text(job, config))
         run.write_config(config)
         return run
+
+    def _is_of(self, job: str | None, config: TrainConfig) -> bool:
+        return job is not None and self.job_file.is_file() and self.job_file.read_text() == _job_text(job, config)
+
+    def finish(self) -> None:
+        """The same job may now begin another run."""
+        self.job_file.unlink(missing_ok=True)
 
     @classmethod
     def open(cls, path: Path) -> Run:
@@ -90,14 +108,22 @@ class Run:
 
     def newest_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
         """Tensors and metadata of the newest whole checkpoint, and a line about a damaged one that was skipped."""
-        skipped = None
-        for path in (self.last, self.best):
-            if not path.is_file():
-                continue
+        whole, skipped = [], None
+        for path in self.checkpoints():
             try:
-                return *load_checkpoint(path), skipped
-            except FastvaeError as error:
+                whole.append(load_checkpoint(path))
+            except FastvaeError as error:  # noqa: PERF203 (two files)
                 skipped = f"skipped a checkpoint: {error}"
+        if whole:
+            return *max(whole, key=lambda loaded: int(loaded[0]["step"])), skipped
         if skipped:
             raise FastvaeError(f"no whole checkpoint in {self.last.parent}; {skipped}")
         raise FastvaeError(f"no checkpoint in {self.last.parent}: the run ended before its first one; start it again")
+
+    def checkpoints(self) -> list[Path]:
+        """The files that are there."""
+        return [path for path in (self.last, self.best) if path.is_file()]
+
+
+def _job_text(job: str, config: TrainConfig) -> str:
+    return f"{job}\n{config.to_json()}"

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from fastvae import functional as F
 from fastvae import reference
 from fastvae.config import TrainConfig
+from fastvae.distributed import ALONE, Ranks, Replica
 from fastvae.models import VAE
+from fastvae.stream import BatchStream
 
 __all__ = ["IWAE_STAGE_ENDS", "TrainingStep", "make_optimizer", "stream_seed"]
 
@@ -75,7 +77,10 @@ def _schedules(
 
 
 class TrainingStep:
-    """Calling it takes one step. `data` is the whole training set `[N, D]` on the device.
+    """Calling it takes one step, `prepare(number)` before it does what the host has to do for step `number`.
+
+    `data` is the whole training set `[N, D]` on the device, or a stream of its batches. Of each batch the step takes
+    this rank's part, its noise indexed by the example's place in the whole batch.
 
     Attributes:
         step: steps taken, int64 `[1]` on the device.
@@ -83,27 +88,56 @@ class TrainingStep:
     """
 
     def __init__(
-        self, config: TrainConfig, model: VAE, optimizer: torch.optim.Optimizer, data: Tensor, num_steps: int
+        self,
+        config: TrainConfig,
+        model: VAE,
+        optimizer: torch.optim.Optimizer,
+        data: Tensor | BatchStream,
+        num_steps: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         device = data.device
         self.config, self.model, self.optimizer, self.data = config, model, optimizer, data
+        self.first, end = ranks.part(config.batch_size)
         self.forward = torch.compile(model) if config.compile else model
         self.steps_per_epoch = len(data) // config.batch_size
         self.lr, self.beta = _schedules(config, num_steps, self.steps_per_epoch, device)
         self.key = stream_seed(config.seed)
-        self.batch = torch.arange(config.batch_size, device=device)
-        self.order = torch.empty(len(data), dtype=torch.int64, device=device)
+        self.batch = torch.arange(self.first, end, device=device)
+        self.epoch = -1
+        self.order = torch.empty(len(data) if isinstance(data, Tensor) else 0, dtype=torch.int64, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.metrics = torch.zeros(config.log_every, 3, device=device)
         # a cache of cast weights would outlive the step that a graph replays
         self.autocast = torch.autocast(
             device.type, torch.bfloat16, enabled=config.precision == "bf16", cache_enabled=False
         )
+        self.replica: Replica | None = None
+        if ranks.size > 1:
+            assert isinstance(self.forward, nn.Module)
+            self.replica = Replica(self.forward, ranks)
+            example = torch.zeros(end - self.first, *model.data_shape, device=device)
+            self.forward = self.replica.distributed(example, **self.objective())
+
+    def prepare(self, number: int) -> None:
+        """The host's part of step `number`: the order of a new epoch, or the next batch of a stream."""
+        if isinstance(self.data, BatchStream):
+            self.data.load(number)
+        elif number // self.steps_per_epoch != self.epoch:
+            self.start_epoch(number // self.steps_per_epoch)
 
     def start_epoch(self, epoch: int) -> None:
         """Make the order of an epoch's examples: a function of (seed, epoch)."""
         key = torch.tensor([self.key], device=self.data.device) + epoch
         self.order.copy_(reference.permutation(key, len(self.data)))
+        self.epoch = epoch
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """Data on the device, and which of its rows are the step's batch."""
+        if isinstance(self.data, BatchStream):
+            return self.data.batch, self.data.index
+        position = self.step % self.steps_per_epoch * self.config.batch_size + self.batch
+        return self.data, self.order.index_select(0, position)
 
     def objective(self) -> dict[str, Any]:
         """What the loss module is told about this step's loss, the KL weight a device scalar."""
@@ -115,10 +149,9 @@ class TrainingStep:
     def __call__(self) -> None:
         config, step = self.config, self.step
         seed = step + self.key
-        position = step % self.steps_per_epoch * config.batch_size + self.batch
-        x = F.gather_batch(self.data, self.order.index_select(0, position), transform=config.transform, seed=seed)
+        x = F.gather_batch(*self._rows(), transform=config.transform, seed=seed, example_offset=self.first)
         with self.autocast:
-            loss, nll, kl = self.forward(x, seed=seed, **self.objective())
+            loss, nll, kl = self.forward(x, seed=seed, example_offset=self.first, **self.objective())
         self.optimizer.zero_grad(set_to_none=True)
         loss.sum().backward()
         if config.clip_grad_norm is not None:
@@ -126,8 +159,11 @@ class TrainingStep:
         for group in self.optimizer.param_groups:
             group["lr"].copy_(self.lr.index_select(0, step).squeeze(0))
         self.optimizer.step()
-        row = torch.stack([loss.detach().sum(), nll.mean(), kl.mean()]).unsqueeze(0)
-        self.metrics.index_copy_(0, step % config.log_every, row)
+        if self.replica is None:
+            row = torch.stack([loss.detach().sum(), nll.mean(), kl.mean()])
+        else:
+            row = self.replica.take_metrics()
+        self.metrics.index_copy_(0, step % config.log_every, row.unsqueeze(0))
         step += 1
 
 

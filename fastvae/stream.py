@@ -10,7 +10,6 @@ an epoch takes one byte per example.
 from __future__ import annotations
 
 import mmap
-import os
 import queue
 import threading
 from typing import Any
@@ -21,9 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastvae import reference
+from fastvae.array_files import advise
 from fastvae.distributed import Ranks
 
-__all__ = ["BatchStream", "EpochOrder", "HostRows", "fits_on"]
+__all__ = ["BatchStream", "EpochOrder", "HostRows"]
 
 MAPPED_BYTES = 128 * 2**20
 """About how much of a file is in this process's memory at most."""
@@ -40,31 +40,18 @@ CHUNK = 2**15
 SLOTS = 2
 
 
-def fits_on(device: torch.device, data: Tensor) -> bool:
-    """Whether `data` takes at most half of the device's free memory (CPU: of the memory that there is)."""
-    if device.type == "cuda":
-        memory = torch.cuda.mem_get_info(device)[0]
-    elif hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        return True
-    return 2 * data.nbytes <= memory
-
-
 class HostRows:
-    """Rows `[N, D]` on the host, copied out of `data` in pieces.
-
-    `file` is the map that `data` is a view of, if it is one. A page of a mapped file counts as this process's memory
-    from when it is read until it is given back, which costs nothing but another look into the page cache.
-    """
+    """Rows `[N, D]` on the host, copied out of `data` in pieces; `file` is the map that `data` is a view of, if any."""
 
     def __init__(self, data: Tensor, file: mmap.mmap | None, *, random_access: bool = False) -> None:
         self.array: NDArray[Any] = data.numpy()
         self.file, self.mapped = file, 0
-        self.dtype, self.nbytes = data.dtype, data.nbytes
-        # the file would otherwise be read ahead around each row
-        if random_access:
-            self._advise("MADV_RANDOM")
+        self.dtype = data.dtype
+        if file is not None and random_access:
+            # the file would otherwise be read ahead around each row; whole pages of these rows only
+            start = data.data_ptr() - np.frombuffer(file, np.uint8).ctypes.data
+            first, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, start + data.nbytes
+            advise(file, "MADV_RANDOM", first, max(0, end - first))
 
     def __len__(self) -> int:
         return len(self.array)
@@ -84,12 +71,7 @@ class HostRows:
         self.mapped += num_bytes + FAULT_BYTES * places
         if self.mapped > MAPPED_BYTES:
             self.mapped = 0
-            self._advise("MADV_DONTNEED")
-
-    def _advise(self, advice: str) -> None:
-        # not on Windows
-        if self.file is not None and hasattr(mmap, advice):
-            self.file.madvise(getattr(mmap, advice))
+            advise(self.file, "MADV_DONTNEED")
 
 
 class EpochOrder:

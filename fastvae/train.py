@@ -9,6 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +17,38 @@ import torch
 from torch import Tensor
 
 from fastvae.capture import captured
-from fastvae.checkpoint import save_checkpoint
+from fastvae.checkpoint_writer import CheckpointWriter
 from fastvae.config import TrainConfig
 from fastvae.data import Dataset, load_dataset
+from fastvae.distributed import ALONE, Meetings, Ranks, join, torchrun_job
 from fastvae.errors import FastvaeError, Stopped
 from fastvae.evaluate import Evaluation, advice, evaluate
 from fastvae.initial import initialize
+from fastvae.log import Log
 from fastvae.models import VAE
 from fastvae.nn import BernoulliLikelihood, GaussianLikelihood
-from fastvae.pretrained import load_weights
+from fastvae.placement import placed
 from fastvae.progress import TrainingProgress
 from fastvae.run import Run
 from fastvae.step import TrainingStep, make_optimizer, matmul_precision
+from fastvae.stream import HostRows
+from fastvae.training_state import restore, snapshot, version_changes
+from fastvae.versions import library_versions
 
 __all__ = ["build_model", "pick_device", "resume", "train"]
 
 
 def train(config: TrainConfig) -> Path:
-    """Train as `config` says, in a new run directory, and return its path.
+    """Train as `config` says, in a new run directory, and return its path; under `torchrun` with all its ranks as one.
+
+    A `torchrun` that starts its workers again goes on with the run that they had begun.
 
     Raises:
         FastvaeError: bad settings or data; nothing has been written then.
         Stopped: SIGINT or SIGTERM; the run can be resumed.
     """
-    return _train(config, None)
+    with join() as ranks:
+        return _train(config, None, ranks)
 
 
 def resume(path: Path, **changes: Any) -> Path:
@@ -47,79 +56,125 @@ def resume(path: Path, **changes: Any) -> Path:
 
     `changes` replace fields of its config, such as `epochs` or `max_steps`.
     """
-    run = Run.open(path)
-    return _train(dataclasses.replace(run.read_config(), **changes), run)
+    with join() as ranks:
+        run, config = ranks.from_main(lambda: _reopened(path, changes))
+        return _train(config, run, ranks)
 
 
-def _train(config: TrainConfig, run: Run | None) -> Path:
-    device = pick_device(config.device)
-    dataset = load_dataset(config.data, data_dir=config.data_dir)
-    check_fits(config, dataset)
+def _train(config: TrainConfig, run: Run | None, ranks: Ranks) -> Path:
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "data_dir"}
+    ranks.check_same(library_versions() | settings)
+    device, dataset = ranks.together(lambda: _checked(config, ranks))
+    ranks.check_same({"the training set": dataset.train.shape, "the test set": dataset.test.shape})
     torch.manual_seed(config.seed)
     model = build_model(config, dataset.shape).to(device)
     initialize(model, config.init, dataset.train)
     optimizer = make_optimizer(config, list(model.parameters()), len(dataset.train))
     steps_per_epoch = len(dataset.train) // config.batch_size
     num_steps = min(config.epochs * steps_per_epoch, config.max_steps or config.epochs * steps_per_epoch)
-    step = TrainingStep(config, model, optimizer, dataset.train.to(device), num_steps)
-    test = dataset.test.to(device)
-    done, best = 0, float("inf")
+    with contextlib.ExitStack() as stack:
+        data, test = stack.enter_context(placed(dataset, config, device, num_steps, ranks))
+        step = TrainingStep(config, model, optimizer, data, num_steps, ranks)
+        done, best = 0, float("inf")
 
-    if run is None:
-        run = Run.create(config)
+        run, saved = ranks.from_main(lambda: _begun(config, run))
         say = f"{run.path}: {config.data}, {len(dataset.train)} examples, {num_steps} steps on {device}"
-    else:
-        tensors, metadata, skipped = run.newest_checkpoint()
-        _restore(tensors, step, where=str(run.last))
-        done, best = int(step.step), float(metadata["best"])
-        run.rewind_metrics(done)
-        run.write_config(config)
-        say = (f"{skipped}\n" if skipped else "") + f"{run.path}: resumed at step {done} of {num_steps} on {device}"
+        if saved is not None:
+            tensors, metadata, skipped = saved
+            restore(tensors, step, where=str(run.last))
+            done, best = int(step.step), float(metadata["best"])
+            if ranks.is_main:
+                run.rewind_metrics(done)
+                run.write_config(config)
+            say = f"{run.path}: resumed at step {done} of {num_steps} on {device}"
+            say = "\n".join([*filter(None, (skipped, version_changes(metadata))), say])
+        say += f", {ranks.size} ranks" if ranks.size > 1 else ""
+        say += f"\nthe data ({dataset.num_bytes / 1e9:.3g} GB) stays on the host" if isinstance(test, HostRows) else ""
 
-    log, evaluation = _Log(run, config, done), None
-    with TrainingProgress(done, num_steps) as progress, _signals() as signals, matmul_precision(config.precision):
+        log, evaluation = Log(run, config, done, ranks), None
+        evaluate_test = partial(evaluate, model, test, transform=config.transform, seed=config.seed, ranks=ranks)
+        progress = stack.enter_context(TrainingProgress(done, num_steps, quiet=not ranks.is_main))
+        signals = stack.enter_context(_signals())
+        stack.enter_context(matmul_precision(config.precision))
+        writer = stack.enter_context(CheckpointWriter())
+        meet, saved_at = Meetings(ranks, done), time.monotonic()
         progress.say(f"{say}\nnumbers are nats per example ({config.nll_label})")
         take_step = captured(step, config, progress.say)
         for number in range(done, num_steps):
-            if number == done or number % steps_per_epoch == 0:
-                step.start_epoch(number // steps_per_epoch)
+            step.prepare(number)
             take_step()
             done = number + 1
             epoch, end_of_epoch = done / steps_per_epoch, done % steps_per_epoch == 0
+            stop, save_to = meet(done, signals[0] if signals else 0), []
 
             if done % config.log_every == 0 or done == num_steps:
                 progress.update(done, log.train(step, done, epoch))
             if done == num_steps or (end_of_epoch and done // steps_per_epoch % config.eval_every == 0):
                 images_per_s = log.images_per_s(done)
                 with log.pause():
-                    evaluation = evaluate(model, test, transform=config.transform, seed=config.seed)
+                    evaluation = evaluate_test()
                     progress.report(done, epoch, log.test(evaluation, done, epoch), images_per_s)
-                    if evaluation.negative_elbo < best:
-                        best = evaluation.negative_elbo
-                        _save(run.best, step, config, best)
-            checkpoint_due = end_of_epoch if config.checkpoint_every is None else done % config.checkpoint_every == 0
-            if checkpoint_due or signals or done == num_steps:
+                if evaluation.negative_elbo < best:
+                    best = evaluation.negative_elbo
+                    save_to = [run.best]
+            if stop or done == num_steps or _is_due(config, done, end_of_epoch, saved_at):
+                saved_at, save_to = time.monotonic(), [run.last, *save_to]
+            if save_to and ranks.is_main:
                 with log.pause():
-                    _save(run.last, step, config, best)
-            if signals and done < num_steps:
-                raise Stopped(f"stopped at step {done}, saved; go on with: fastvae resume {run.path}", signals[0])
+                    writer.save(save_to, *snapshot(step, config, best))
+            if stop and done < num_steps:
+                writer.wait()
+                raise Stopped(f"stopped at step {done}, saved; go on with: fastvae resume {run.path}", stop)
 
         # a run that was killed after its last step has no evaluation yet
-        evaluation = evaluation or evaluate(model, test, transform=config.transform, seed=config.seed)
-        model.save_pretrained(run.path)
-        _draw(run, config, model, test, evaluation)
+        evaluation = evaluation or evaluate_test()
+        if ranks.is_main:
+            model.save_pretrained(run.path)
+            _draw(run, config, model, test, evaluation)
+            run.finish()
         if hint := advice(evaluation):
             progress.say(hint)
         progress.say(f"model, metrics and figures: {run.path}")
     return run.path
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name, checked; "auto" is CUDA where there is one."""
+def _reopened(path: Path, changes: dict[str, Any]) -> tuple[Run, TrainConfig]:
+    run = Run.open(path)
+    return run, dataclasses.replace(run.read_config(), **changes)
+
+
+def _checked(config: TrainConfig, ranks: Ranks) -> tuple[torch.device, Dataset]:
+    """What can fail on one rank and not on another."""
+    device = pick_device(config.device, ranks)
+    dataset = load_dataset(config.data, data_dir=config.data_dir)
+    check_fits(config, dataset, ranks)
+    return device, dataset
+
+
+def _begun(
+    config: TrainConfig, run: Run | None
+) -> tuple[Run, tuple[dict[str, Tensor], dict[str, Any], str | None] | None]:
+    """The run directory, and its newest checkpoint if there is something to go on from."""
+    if run is None:
+        run = Run.create(config, torchrun_job())
+        if not run.checkpoints():
+            # a start of the same job may have logged, but not saved
+            run.rewind_metrics(0)
+            run.write_config(config)
+            return run, None
+    return run, run.newest_checkpoint()
+
+
+def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device of that name, checked; "auto" is CUDA where there is one. Each of many ranks has a CUDA device."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError as error:
         raise FastvaeError(f"--device is {name!r}, expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and ranks.size > 1:
+        if device.index is not None:
+            raise FastvaeError(f"--device is {name!r}, expected auto, cpu or cuda: the ranks share the devices out")
+        device = torch.device("cuda", ranks.local_rank)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise FastvaeError(f"--device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices here")
     if device.type not in ("cpu", "cuda"):
@@ -127,8 +182,10 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def check_fits(config: TrainConfig, dataset: Dataset) -> None:
-    """What can only be said once the data is known."""
+def check_fits(config: TrainConfig, dataset: Dataset, ranks: Ranks = ALONE) -> None:
+    """What can only be said once the data and the ranks are known."""
+    if config.batch_size % ranks.size:
+        raise FastvaeError(f"--batch-size is {config.batch_size}, expected a multiple of the {ranks.size} ranks")
     if config.batch_size > len(dataset.train):
         raise FastvaeError(
             f"--batch-size is {config.batch_size}, expected at most the {len(dataset.train)} training examples"
@@ -155,30 +212,15 @@ def build_model(config: TrainConfig, data_shape: tuple[int, ...]) -> VAE:
     )
 
 
-def _save(path: Path, step: TrainingStep, config: TrainConfig, best: float) -> None:
-    tensors: dict[str, Tensor] = {f"model.{k}": v for k, v in step.model.state_dict().items()}
-    for index, state in step.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items()}
-    tensors |= {"step": step.step, "metrics": step.metrics}
-    metadata = {"best": best, "config": dataclasses.asdict(config) | {"data_dir": None, "out": None}}
-    save_checkpoint(path, tensors, metadata)
+def _is_due(config: TrainConfig, done: int, end_of_epoch: bool, saved_at: float) -> bool:
+    """Whether it is time for a checkpoint after `done` steps."""
+    if config.checkpoint_every is None and config.checkpoint_minutes is None:
+        return end_of_epoch
+    by_step = config.checkpoint_every is not None and done % config.checkpoint_every == 0
+    return by_step or time.monotonic() - saved_at >= 60 * (config.checkpoint_minutes or math.inf)
 
 
-def _restore(tensors: dict[str, Tensor], step: TrainingStep, *, where: str) -> None:
-    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    load_weights(step.model, weights, where=where)
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = tensor
-    groups = step.optimizer.state_dict()["param_groups"]
-    step.optimizer.load_state_dict({"state": state, "param_groups": groups})
-    step.step.copy_(tensors["step"])
-    step.metrics.copy_(tensors["metrics"])
-
-
-def _draw(run: Run, config: TrainConfig, model: VAE, test: Tensor, evaluation: Evaluation) -> None:
+def _draw(run: Run, config: TrainConfig, model: VAE, test: Tensor | HostRows, evaluation: Evaluation) -> None:
     from fastvae import figures
 
     model.eval()
@@ -191,59 +233,6 @@ def _draw(run: Run, config: TrainConfig, model: VAE, test: Tensor, evaluation: E
     figures.save(figures.kl_per_dim(evaluation), run.figures / "kl_per_dim.png")
     if model.latent_dim == 2:
         figures.save(figures.manifold(model), run.figures / "manifold.png")
-
-
-class _Log:
-    """Rows of metrics.jsonl, and the clock behind their images/s: evaluation and saving do not count."""
-
-    def __init__(self, run: Run, config: TrainConfig, start: int) -> None:
-        self.run, self.config = run, config
-        self.start, self.began = start, time.perf_counter()
-        self.logged, self.logged_at = start, self.began
-        self.writer = _tensorboard(run.path) if config.tensorboard else None
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        paused = time.perf_counter()
-        yield
-        self.began += time.perf_counter() - paused
-        self.logged_at += time.perf_counter() - paused
-
-    def images_per_s(self, done: int) -> float:
-        """Since the start of this process."""
-        return (done - self.start) * self.config.batch_size / (time.perf_counter() - self.began)
-
-    def train(self, step: TrainingStep, done: int, epoch: float) -> dict[str, float]:
-        """The mean of the steps since the last row: the one place where the host waits for the device."""
-        count = (done - 1) % self.config.log_every + 1
-        loss, nll, kl = step.metrics[:count].double().mean(0).tolist()
-        if not math.isfinite(loss + nll + kl):
-            raise FastvaeError(
-                f"the loss is {loss} at step {done}: try a lower --lr or --clip-grad-norm (last save: {self.run.last})"
-            )
-        now = time.perf_counter()
-        images_per_s = (done - self.logged) * self.config.batch_size / (now - self.logged_at)
-        self.logged_at, self.logged = now, done
-        row = {"negative_elbo": nll + kl, "nll": nll, "kl": kl, "loss": loss}
-        row |= {"lr": float(step.lr[done - 1]), "beta": float(step.beta[done - 1]), "images_per_s": images_per_s}
-        return self._write("train", done, epoch, row)
-
-    def test(self, evaluation: Evaluation, done: int, epoch: float) -> dict[str, float]:
-        row = {"negative_elbo": evaluation.negative_elbo, "nll": evaluation.nll, "kl": evaluation.kl}
-        return self._write("test", done, epoch, row | {"active_units": evaluation.active_units})
-
-    def _write(self, split: str, done: int, epoch: float, row: dict[str, float]) -> dict[str, float]:
-        self.run.append_metrics({"step": done, "epoch": round(epoch, 6), "split": split, **row})
-        if self.writer is not None:
-            for name, value in row.items():
-                self.writer.add_scalar(f"{split}/{name}", value, done)
-        return row
-
-
-def _tensorboard(path: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(path))
 
 
 @contextlib.contextmanager
