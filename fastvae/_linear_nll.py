@@ -28,7 +28,7 @@ from torch.nn.functional import linear, softplus
 from fastvae import reference
 from fastvae._autograd import Grad, Kernels, reference_grads
 
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 16 * 2**20
 """Size of a chunk of the output: thousands of rows of an image model, as many as a matrix product wants."""
 
 KEEP_BYTES = 64 * 2**20

@@ -65,8 +65,8 @@ def evaluate(path: Path, *, num_samples: int | None, max_examples: int | None, d
         table.add_row(name, *(cell.format(r=result) for result in results.values()))
 
     row("negative ELBO", "{r.negative_elbo:.3f}")
-    row("NLL", "{r.nll:.3f}")
-    row("KL", "{r.kl:.3f}")
+    row("NLL (distortion)", "{r.nll:.3f}")
+    row("KL (rate)", "{r.kl:.3f}")
     row("bits/dim", "{r.bits_per_dim:.4f}")
     if num_samples is not None:
         # one sample has no spread to tell its error from
@@ -74,6 +74,9 @@ def evaluate(path: Path, *, num_samples: int | None, max_examples: int | None, d
         row(f"log-likelihood, K={num_samples}", "{r.log_likelihood:.3f}" + stderr)
         row("effective sample size", "{r.effective_sample_size:.1f}")
     row(f"active units of {model.latent_dim}", "{r.active_units}")
+    table.add_row(
+        "KL per dimension", *(f"{min(r.kl_per_dim):.3f} to {max(r.kl_per_dim):.3f}" for r in results.values())
+    )
     _console.print(table)
     if hint := advice(results["test"]):
         _console.print(hint)

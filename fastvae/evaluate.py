@@ -31,7 +31,7 @@ __all__ = ["Evaluation", "LogLikelihood", "active_units", "advice", "evaluate", 
 ACTIVE_VARIANCE = 0.01
 """Var_x(E_q[z_l]) above which a latent dimension is active (Burda et al. 2015)."""
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 32 * 2**20
 """Size of the decoder's output that one pass of `log_likelihood` may make."""
 
 
@@ -43,9 +43,9 @@ class Evaluation:
     negative_elbo: float
     """nll + kl, an upper bound of -log p(x)."""
     nll: float
-    """-log p(x|z) for one z ~ q(z|x) per example."""
+    """-log p(x|z) for one z ~ q(z|x) per example: the distortion."""
     kl: float
-    """KL[q(z|x) || p(z)], in closed form."""
+    """KL[q(z|x) || p(z)], in closed form: the rate."""
     bits_per_dim: float
     """negative_elbo / (D ln 2), and 8 = log2(256) more for dequantized data: see `evaluate`."""
     active_units: int
@@ -177,7 +177,7 @@ def log_likelihood(
         seed: int64 `[1]` on the device of `x`.
         example_offset: global index of the first example.
         chunk: samples decoded at a time, of no influence on the result (see the module's text); by default as many as
-            keep the decoder's output within 64 MiB.
+            keep the decoder's output within 32 MiB.
 
     Raises: FastvaeError for `num_samples` or `chunk` below 1, or data that does not fit the model.
 

@@ -419,7 +419,7 @@ def linear_bernoulli_nll(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> 
         x: data that broadcasts to `[..., D]`; not copied.
 
     Returns:
-        `[...]` float32. Differentiable for any upstream gradient. Of the logits 32 MiB exist at a time; to spare the
+        `[...]` float32. Differentiable for any upstream gradient. Of the logits 16 MiB exist at a time; to spare the
         backward a matrix product, a gradient of up to 64 MiB is kept for it. Matrix products run in h's dtype (under
         autocast in autocast's), float32 in the precision of `torch.set_float32_matmul_precision`.
 

@@ -7,8 +7,11 @@ q(z|x) = N(A (x - b), v): A the exact posterior's, v half as wide again, so that
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import statistics
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +115,30 @@ def test_one_sample_is_the_elbo_on_average(linear: LinearGaussian) -> None:
     assert (value.mean() - linear.exact_elbo(x[:1])).abs() < 4 * value.std() / math.sqrt(20_000)
     assert stderr.isnan().all()
     assert (size == 1).all()
+
+
+def test_training_objectives_of_a_solvable_model(linear: LinearGaussian) -> None:
+    # one example in 20,000 places: means over independent estimates of one number
+    N = 20_000
+    x = linear.draw(1).expand(N, D)
+    elbo, exact = linear.exact_elbo(x[:1]).item(), linear.marginal.log_prob(x[:1]).item()
+
+    def mean_and_error(**options: Any) -> tuple[float, float]:
+        parts = [-linear(x[:1000], seed=seed(i), **options).loss.item() for i in range(20)]
+        return statistics.mean(parts), statistics.stdev(parts) / math.sqrt(20)
+
+    with torch.no_grad():
+        estimates = [mean_and_error(), mean_and_error(num_samples=3), mean_and_error(kl_estimator="monte-carlo")]
+        for value, error in (*estimates, mean_and_error(objective="iwae")):
+            assert abs(value - elbo) < 4 * error
+        bounds = [mean_and_error(objective="iwae", num_samples=K) for K in (1, 4, 16)]
+        relative_variance = 100 * log_likelihood(linear, x[:1000], num_samples=100, seed=seed()).stderr.square().mean()
+    for (lower, low_error), (higher, high_error) in itertools.pairwise(bounds):
+        assert higher - lower > 4 * math.hypot(low_error, high_error)
+    # log p(x) less half the variance of the weights over K, to first order (Domke & Sheldon 2018)
+    value, error = bounds[-1]
+    bias = relative_variance.item() / (2 * 16)
+    assert abs(value + bias - exact) < 4 * error + bias / 4
 
 
 def test_exact_posterior_needs_one_sample() -> None:
