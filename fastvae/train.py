@@ -117,7 +117,7 @@ def _train(config: TrainConfig, run: Run | None, ranks: Ranks) -> Path:
                 if evaluation.negative_elbo < best:
                     best = evaluation.negative_elbo
                     save_to = [run.best]
-            if stop or done == num_steps or _is_due(config, done, end_of_epoch, saved_at):
+            if stop or done == num_steps or is_due(config, done, end_of_epoch, saved_at):
                 saved_at, save_to = time.monotonic(), [run.last, *save_to]
             if save_to and ranks.is_main:
                 with log.pause():
@@ -212,7 +212,7 @@ def build_model(config: TrainConfig, data_shape: tuple[int, ...]) -> VAE:
     )
 
 
-def _is_due(config: TrainConfig, done: int, end_of_epoch: bool, saved_at: float) -> bool:
+def is_due(config: TrainConfig, done: int, end_of_epoch: bool, saved_at: float) -> bool:
     """Whether it is time for a checkpoint after `done` steps."""
     if config.checkpoint_every is None and config.checkpoint_minutes is None:
         return end_of_epoch

@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from fastvae import checkpoint_writer
 from fastvae.checkpoint import load_checkpoint, save_checkpoint, write_atomic
+from fastvae.checkpoint_writer import CheckpointWriter
 from fastvae.errors import FastvaeError
 
 
@@ -174,7 +177,8 @@ KILLED_WRITERS = """
     import os, random, signal, sys, time
     from pathlib import Path
     import torch
-    from fastvae.checkpoint import load_checkpoint, save_checkpoint
+    from fastvae import checkpoint_writer
+from fastvae.checkpoint import load_checkpoint, save_checkpoint
 
     torch.set_num_threads(1)
     path, interrupted, last = Path(sys.argv[1]), 0, 0
@@ -203,3 +207,65 @@ def test_killed_at_any_moment_the_checkpoint_is_whole(tmp_path):
     # the test says something only if saves were interrupted, and others went through
     assert interrupted >= 3
     assert last >= 3
+
+
+# the writer
+
+
+def test_a_checkpoint_in_the_background_is_of_the_moment_of_its_save(tmp_path, monkeypatch):
+    may_write = threading.Event()
+
+    def slow(*args):
+        assert may_write.wait(60)
+        save_checkpoint(*args)
+
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", slow)
+    paths, weight = [tmp_path / "last", tmp_path / "best"], torch.ones(3)
+    with CheckpointWriter() as writer:
+        writer.save(paths, {"weight": weight}, {"step": 1})
+        # training goes on
+        weight.zero_()
+        assert not paths[0].exists()
+        may_write.set()
+        writer.wait()
+        for path in paths:
+            assert load_checkpoint(path)[0]["weight"].tolist() == [1.0, 1.0, 1.0]
+        # into the same memory, or into other where the shape is another
+        writer.save(paths[:1], {"weight": weight}, {"step": 2})
+        writer.save(paths[1:], {"weight": torch.full((2,), 7.0)}, {"step": 3})
+    assert load_checkpoint(paths[0])[0]["weight"].tolist() == [0.0, 0.0, 0.0]
+    assert load_checkpoint(paths[1])[0]["weight"].tolist() == [7.0, 7.0]
+
+
+def test_what_the_background_could_not_write_is_raised_by_the_next_that_waits(tmp_path):
+    missing, ones = [tmp_path / "missing" / "last"], {"weight": torch.ones(3)}
+    with pytest.raises(FastvaeError, match="cannot write"), CheckpointWriter() as writer:
+        writer.save(missing, ones, {})
+    with CheckpointWriter() as writer:
+        writer.save(missing, ones, {})
+        with pytest.raises(FastvaeError, match="cannot write"):
+            writer.save([tmp_path / "last"], ones, {})
+        # raised once
+        writer.save([tmp_path / "last"], ones, {})
+
+
+def test_a_run_that_ends_badly_leaves_a_whole_checkpoint_and_its_own_error(tmp_path):
+    def interrupted():
+        with CheckpointWriter() as writer:
+            writer.save([tmp_path / "last"], {"weight": torch.ones(300_000)}, {})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert load_checkpoint(tmp_path / "last")[0]["weight"].sum() == 300_000
+
+
+@pytest.mark.cuda
+def test_a_checkpoint_of_a_cuda_tensor_is_of_its_place_in_the_stream(tmp_path):
+    weight = torch.ones(1000, device="cuda")
+    with CheckpointWriter() as writer:
+        torch.cuda._sleep(50_000_000)
+        weight += 1
+        writer.save([tmp_path / "last"], {"weight": weight, "step": torch.ones(1)}, {})
+        weight.zero_()
+    assert (load_checkpoint(tmp_path / "last")[0]["weight"] == 2).all()

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,28 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from fastvae.checkpoint import load_checkpoint
+from fastvae.checkpoint import load_checkpoint, save_checkpoint
 from fastvae.config import TrainConfig
 from fastvae.errors import FastvaeError
 from fastvae.models import VAE
+from fastvae.run import Run
 from fastvae.step import TrainingStep, make_optimizer, stream_seed
-from fastvae.train import resume, train
+from fastvae.train import is_due, resume, train
+from tests.runs import ARGUMENTS, assert_same, final, start, when_saved
 
 SMALL = TrainConfig(data="digits", hidden=(16,), latent_dim=3, epochs=3, batch_size=100, log_every=4)
-
-
-def final(run: Path) -> dict[str, Any]:
-    """Everything that a run decides: weights, optimiser state, logged numbers (but not the clock)."""
-    tensors, _ = load_checkpoint(run / "checkpoints" / "last.safetensors")
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return tensors | {"rows": [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]}
-
-
-def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
-    assert a["rows"] == b["rows"]
-    assert a.keys() == b.keys()
-    for name in a.keys() - {"rows", "metrics"}:
-        assert torch.equal(a[name], b[name]), name
 
 
 def variants() -> dict[str, TrainConfig]:
@@ -100,24 +85,43 @@ def test_checkpoint_and_log_intervals_change_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a if name.startswith(("model.", "optimizer.")))
 
 
+def test_checkpoints_are_due_by_steps_minutes_or_epochs() -> None:
+    def due(now: float = 0.0, done: int = 7, end_of_epoch: bool = False, **settings: Any) -> bool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(time, "monotonic", lambda: 1000.0 + now)
+            return is_due(dataclasses.replace(SMALL, **settings), done, end_of_epoch, saved_at=1000.0)
+
+    assert due(end_of_epoch=True)
+    assert not due(now=1e9)
+    assert due(done=10, checkpoint_every=5)
+    assert not due(done=11, checkpoint_every=5, end_of_epoch=True)
+    assert due(now=30.0, checkpoint_minutes=0.5)
+    assert not due(now=29.0, checkpoint_minutes=0.5, end_of_epoch=True)
+    assert due(now=30.0, checkpoint_minutes=0.5, checkpoint_every=5)
+    assert due(done=10, checkpoint_minutes=0.5, checkpoint_every=5)
+
+
+def test_the_newest_whole_checkpoint_may_be_the_best_one(tmp_path: Path) -> None:
+    run = Run.create(dataclasses.replace(SMALL, out=tmp_path / "run"))
+    for path, step in ((run.last, 5), (run.best, 8)):
+        save_checkpoint(path, {"step": torch.tensor([step])}, {})
+    assert run.newest_checkpoint()[0]["step"].item() == 8
+    run.best.write_bytes(b"damaged")
+    tensors, _, said = run.newest_checkpoint()
+    assert tensors["step"].item() == 5
+    assert said is not None
+    assert "skipped a checkpoint" in said
+
+
 def killed_runs(count: int, tmp_path: Path) -> None:
     """Kill -9 a real process at random moments, resume until it ends, compare with a run that nobody killed."""
-    arguments = ["digits", "--hidden", "16", "--latent-dim", "3", "--batch-size", "100", "--epochs", "12"]
-    arguments += ["--checkpoint-every", "3", "--log-every", "5", "--eval-every", "4"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-
-    def start(*command: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-m", "fastvae", *command], env=env, stdout=subprocess.DEVNULL)
-
+    arguments = [*ARGUMENTS, "--checkpoint-every", "3"]
     assert start("train", *arguments, "--out", str(tmp_path / "whole")).wait() == 0
     random.seed(count)
     for number in range(count):
         out = tmp_path / f"killed{number}"
         process = start("train", *arguments, "--out", str(out))
-        checkpoint = out / "checkpoints" / "last.safetensors"
-        while not checkpoint.exists() and process.poll() is None:
-            time.sleep(0.005)
-        time.sleep(random.uniform(0.0, 0.4))
+        when_saved(out, process, random.uniform(0.0, 0.4))
         process.kill()
         process.wait()
         assert start("resume", str(out)).wait() == 0
@@ -129,8 +133,8 @@ def test_resume_after_kill_9(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_resume_after_kill_9_ten_times(tmp_path: Path) -> None:
-    killed_runs(10, tmp_path)
+def test_resume_after_kill_9_twenty_times(tmp_path: Path) -> None:
+    killed_runs(20, tmp_path)
 
 
 def test_the_seed_decides_and_only_the_seed(tmp_path: Path) -> None:

@@ -1,0 +1,195 @@
+"""Many processes that train as one, and what happens to the others when one is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fastvae.config import TrainConfig
+from fastvae.distributed import ALONE, Ranks, torchrun_job
+from fastvae.errors import FastvaeError
+from fastvae.run import Run
+from fastvae.train import check_fits, load_dataset, pick_device
+from tests.runs import ARGUMENTS, assert_same, children, final, kill, start, wait_for, when_saved
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+
+TWO = "--standalone --nproc-per-node=2"
+
+
+def test_two_ranks_are_one_up_to_rounding(tmp_path: Path) -> None:
+    """Weights to 1e-6 and logged numbers to 2e-6 of their value, after 112 steps (measured: 1e-7 and 1e-7)."""
+    arguments = [*ARGUMENTS, "--epochs", "8", "--free-bits", "0.05", "--clip-grad-norm", "1"]
+    processes = [start("train", *arguments, "--out", str(tmp_path / "one"))]
+    processes += [start("train", *arguments, "--out", str(tmp_path / "two"), torchrun=TWO, log=tmp_path / "log")]
+    assert [process.wait() for process in processes] == [0, 0], (tmp_path / "log").read_text()
+    one, two = final(tmp_path / "one"), final(tmp_path / "two")
+    weights = [name for name in one if name.startswith("model.")]
+    assert max(float((one[name] - two[name]).abs().max()) for name in weights) < 1e-6
+    assert [row.keys() for row in one["rows"]] == [row.keys() for row in two["rows"]]
+    for a, b in zip(one["rows"], two["rows"]):
+        assert a.pop("split") == b.pop("split")
+        assert a == pytest.approx(b, rel=2e-6)
+    # what only one process may have written
+    assert not (tmp_path / "two" / "job").exists()
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == sorted(p.name for p in (tmp_path / "two").iterdir())
+
+
+def test_what_does_not_fit_the_ranks_is_said() -> None:
+    digits = load_dataset("digits")
+    with pytest.raises(FastvaeError, match="--batch-size is 100, expected a multiple of the 3 ranks"):
+        check_fits(TrainConfig(batch_size=100), digits, Ranks(0, 3))
+    if torch.cuda.is_available():
+        with pytest.raises(FastvaeError, match="expected auto, cpu or cuda: the ranks share the devices out"):
+            pick_device("cuda:0", Ranks(0, 2))
+
+
+def test_parts_are_all_and_differ_by_one_at_most() -> None:
+    for count in (1, 7, 100):
+        parts = [Ranks(rank, 3).part(count) for rank in range(3)]
+        assert [start for start, _ in parts] == [0, *(end for _, end in parts[:-1])]
+        assert parts[-1][1] == count
+        assert max(b - a for a, b in parts) - min(b - a for a, b in parts) <= 1
+
+
+def test_a_job_finds_the_run_that_it_has_begun(tmp_path: Path) -> None:
+    config = TrainConfig(out=tmp_path / "run")
+    run = Run.create(config, "job 1")
+    assert Run.create(config, "job 1").path == run.path
+    other_settings = dataclasses.replace(config, lr=0.5)
+    for settings, job in ((config, "job 2"), (config, None), (other_settings, "job 1")):
+        with pytest.raises(FastvaeError, match="exists already"):
+            Run.create(settings, job)
+    run.finish()
+    with pytest.raises(FastvaeError, match="exists already"):
+        Run.create(config, "job 1")
+
+
+def test_a_job_finds_its_numbered_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = [Run.create(TrainConfig(), job) for job in ("a", "b", "a", None)]
+    assert [run.path.name for run in runs] == ["digits", "digits-2", "digits", "digits-3"]
+
+
+def test_what_a_job_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert torchrun_job() is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "name")
+    assert torchrun_job() == "name"
+    # the static rendezvous has one name for all jobs
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert torchrun_job() not in (None, "none")
+    assert torchrun_job() == torchrun_job()
+
+
+def test_one_rank_needs_no_one() -> None:
+    assert ALONE.together(lambda: 3) == ALONE.from_main(lambda: 3) == 3
+    assert ALONE.mean(torch.ones(2)).tolist() == [1.0, 1.0]
+
+
+# whole jobs
+
+EACH_STEP = [*ARGUMENTS, "--checkpoint-every", "3"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that nobody disturbed."""
+    out = tmp_path_factory.mktemp("ranks") / "whole"
+    assert start("train", *EACH_STEP, "--out", str(out), torchrun=TWO).wait() == 0
+    return out
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_restarts_all(whole: Path, tmp_path: Path) -> None:
+    """Rank 0 and rank 1 in turn, at random moments; torchrun starts all again, and they find their run."""
+    random.seed(1)
+    restarted = 0
+    for number in range(6):
+        out, log = tmp_path / str(number), tmp_path / f"{number}.log"
+        process = start("train", *EACH_STEP, "--out", str(out), torchrun=f"{TWO} --max-restarts=3", log=log)
+        when_saved(out, process, random.uniform(0.0, 0.3))
+        for pid in children(process)[number % 2 :][:1]:
+            os.kill(pid, signal.SIGKILL)
+        assert process.wait() == 0, log.read_text()
+        restarted += "resumed at step" in log.read_text()
+        assert_same(final(whole), final(out))
+    assert restarted >= 2
+
+
+@pytest.mark.slow
+def test_a_killed_job_is_resumed(whole: Path, tmp_path: Path) -> None:
+    random.seed(2)
+    for number in range(6):
+        out, log = tmp_path / str(number), tmp_path / f"{number}.log"
+        process = start("train", *EACH_STEP, "--out", str(out), torchrun=TWO, log=log)
+        when_saved(out, process, random.uniform(0.0, 0.3))
+        kill(process)
+        assert start("resume", str(out), torchrun=TWO, log=log).wait() == 0, log.read_text()
+        assert_same(final(whole), final(out))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everyone", [True, False], ids=["torchrun", "rank 1 alone"])
+def test_a_signal_stops_all_ranks_after_the_same_step(everyone: bool, tmp_path: Path) -> None:
+    """SIGTERM to torchrun, which hands it on, and to one rank alone, which tells the others."""
+    arguments = [*ARGUMENTS, "--epochs", "100000", "--checkpoint-every", "100000", "--eval-every", "50"]
+    out, log = tmp_path / "run", tmp_path / "log"
+    process = start("train", *arguments, "--out", str(out), torchrun=TWO, log=log)
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text()) > 1000)
+    os.kill(process.pid if everyone else children(process)[1], signal.SIGTERM)
+    assert process.wait() != 0
+    assert "saved; go on with: fastvae resume" in log.read_text(), log.read_text()
+    step = int(final(out)["step"])
+    assert start("resume", str(out), "--max-steps", str(step + 5), torchrun=TWO).wait() == 0
+    alone = tmp_path / "alone"
+    more = ["--max-steps", str(step + 5), "--out", str(alone)]
+    assert start("train", *arguments, *more, torchrun=TWO).wait() == 0
+    a, b = final(out), final(alone)
+    assert all(torch.equal(a[name], b[name]) for name in a if name.startswith(("model.", "optimizer.")))
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_ends_all_of_them(tmp_path: Path) -> None:
+    """Only rank 1 cannot have the data: all leave at once, with one line."""
+    code = (
+        "import os, sys\n"
+        "if os.environ['RANK'] == '1': os.environ['HOME'] = '/nowhere'; sys.argv[2] = 'nosuch.npy'\n"
+        "from fastvae.cli import main; main()\n"
+    )
+    (tmp_path / "program.py").write_text(code)
+    log = tmp_path / "log"
+    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    with log.open("wb") as output:
+        command = ["-m", "torch.distributed.run", *TWO.split(), str(tmp_path / "program.py"), "train", "digits"]
+        done = subprocess.run(
+            [sys.executable, *command, "--out", str(tmp_path / "run")],
+            env=os.environ | env,
+            stdout=output,
+            stderr=output,
+            timeout=300,
+        )
+    assert done.returncode != 0
+    said = [line for line in log.read_text().splitlines() if line.startswith("fastvae: error")]
+    assert said == ["fastvae: error: data is digits on rank 0, but nosuch.npy on rank 1"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_are_one_up_to_rounding(tmp_path: Path) -> None:
+    for name, torchrun in (("one", "--standalone --nproc-per-node=1"), ("two", TWO)):
+        arguments = [*ARGUMENTS, "--epochs", "8", "--device", "cuda", "--no-cuda-graph", "--out", str(tmp_path / name)]
+        assert start("train", *arguments, torchrun=torchrun).wait() == 0
+    one, two = final(tmp_path / "one"), final(tmp_path / "two")
+    for name in (name for name in one if name.startswith("model.")):
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
