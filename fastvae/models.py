@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastvae import objectives
 from fastvae._checks import draw_seed
+from fastvae._mlp_loss import mlp_loss
 from fastvae.errors import FastvaeError
 from fastvae.nn import BernoulliLikelihood, Likelihood, likelihood_from_config
 from fastvae.wake_sleep import wake_sleep
@@ -42,6 +43,7 @@ class MLPEncoder(nn.Module):
 
     def __init__(self, data_dim: int, hidden: Sequence[int], latent_dim: int, activation: str = "relu") -> None:
         super().__init__()
+        self.activation = activation
         self.body = _mlp([data_dim, *hidden], activation)
         self.head = nn.Linear([data_dim, *hidden][-1], 2 * latent_dim)
 
@@ -49,18 +51,30 @@ class MLPEncoder(nn.Module):
         out: Tensor = self.head(self.body(x))
         return out
 
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        return _layers(self.body, self.head)
+
 
 class MLPDecoder(nn.Module):
     """`[..., L]` -> `[..., outputs]`. In training the output layer `head` is fused with the likelihood."""
 
     def __init__(self, latent_dim: int, hidden: Sequence[int], outputs: int, activation: str = "relu") -> None:
         super().__init__()
+        self.activation = activation
         self.body = _mlp([latent_dim, *hidden], activation)
         self.head = nn.Linear([latent_dim, *hidden][-1], outputs)
 
     def forward(self, z: Tensor) -> Tensor:
         out: Tensor = self.head(self.body(z))
         return out
+
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        return _layers(self.body, self.head)
+
+
+def _layers(body: nn.Sequential, head: nn.Linear) -> list[tuple[Tensor, Tensor]]:
+    """Weight and bias of every linear layer, in order."""
+    return [(layer.weight, layer.bias) for layer in [*body, head] if isinstance(layer, nn.Linear)]
 
 
 def _halved(size: int) -> int:
@@ -281,6 +295,10 @@ class VAE(nn.Module):
         x = self._flat(x)
         if objective == "wake-sleep":
             return Loss(*wake_sleep(self, x, seed=draw_seed(seed, None, x.device), example_offset=example_offset))
+        if (objective, num_samples, kl_estimator, free_bits) == ("elbo", 1, "analytic", 0.0):
+            fused = self._fused_loss(x, seed, beta, example_offset)
+            if fused is not None:
+                return fused
         mu, logvar = self.encode(x)
         noise = {"seed": seed, "example_offset": example_offset}
         if objective == "iwae":
@@ -305,6 +323,24 @@ class VAE(nn.Module):
         if isinstance(self.decoder, MLPDecoder):
             return self.likelihood.linear_loss(self.decoder.body(z), self.decoder.head, x)
         return self.likelihood.loss(self.decode(z), x)
+
+    def _fused_loss(self, x: Tensor, seed: Tensor | None, beta: float | Tensor, example_offset: int) -> Loss | None:
+        """The loss as one Function, of the paper's model; None for every other model, or where it cannot be used."""
+        encoder, decoder = self.encoder, self.decoder
+        if not (type(encoder) is MLPEncoder and type(decoder) is MLPDecoder):
+            return None
+        if type(self.likelihood) is not BernoulliLikelihood:
+            return None
+        fused = mlp_loss(
+            x,
+            encoder.layers(),
+            decoder.layers(),
+            activation=encoder.activation,
+            seed=seed,
+            beta=beta,
+            example_offset=example_offset,
+        )
+        return None if fused is None else Loss(*fused)
 
     # using a trained model
 

@@ -20,6 +20,7 @@ from fastvae import reference
 from fastvae.config import TrainConfig
 from fastvae.distributed import ALONE, Ranks, Replica
 from fastvae.models import VAE
+from fastvae.optim import Adam
 from fastvae.stream import BatchStream
 
 __all__ = ["IWAE_STAGE_ENDS", "TrainingStep", "make_optimizer", "stream_seed"]
@@ -52,6 +53,7 @@ def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter], num_trai
     return torch.optim.Adam(
         parameters, lr=lr, eps=config.adam_eps, weight_decay=weight_decay, fused=True, capturable=device.type == "cuda"
     )
+    return Adam(parameters, lr=lr, weight_decay=weight_decay)
 
 
 def _schedules(

@@ -164,6 +164,14 @@ def _scale(dtype: str, B: int, D: int, main: bool) -> Case:
     )
 
 
+def _activation(dtype: str, B: int, D: int, main: bool) -> Case:
+    def arguments() -> tuple[Any, ...]:
+        dy, y = torch.empty(2, B, D, dtype=FLOATS[dtype]).unbind()
+        return dy, y, "relu"
+
+    return Case("activation_bwd_ relu", dtype, (B, D), "activation_bwd_", arguments, main)
+
+
 def cases() -> list[Case]:
     """All cases; names are unique."""
     found = [_words(*LATENT_SHAPES[0])]
@@ -176,4 +184,5 @@ def cases() -> list[Case]:
         for dtype in ("fp32", "bf16"):
             found += [_gather(how, dtype, B, D, i == 0) for how in ("scale", "binarize", "dequantize")]
         found += [_scale(dtype, B, D, i == 0) for dtype in FLOATS]
+        found += [_activation(dtype, B, D, i == 0) for dtype in ("fp32", "bf16")]
     return found

@@ -13,17 +13,21 @@ from ._supports import supports
 
 if TYPE_CHECKING:
     from ._philox import philox_words
+    from .adam import adam_
     from .bernoulli_nll import bernoulli_nll_bwd, bernoulli_nll_fwd, bernoulli_nll_with_grad
     from .gather import gather_batch
     from .gaussian_nll import gaussian_nll_bwd, gaussian_nll_fwd, gaussian_nll_with_grad
     from .kl_normal import kl_normal_bwd, kl_normal_fwd
     from .kl_standard_normal import kl_standard_normal_bwd, kl_standard_normal_fwd
+    from .linear import activation_bwd_, linear_bwd, linear_fwd
     from .reparameterize import reparameterize_bwd, reparameterize_fwd
     from .reparameterize_kl import reparameterize_kl_bwd, reparameterize_kl_fwd
     from .reparameterize_log_ratio import reparameterize_log_ratio_bwd, reparameterize_log_ratio_fwd
     from .scale import scale_
 
 __all__ = [
+    "activation_bwd_",
+    "adam_",
     "bernoulli_nll_bwd",
     "bernoulli_nll_fwd",
     "bernoulli_nll_with_grad",
@@ -35,6 +39,8 @@ __all__ = [
     "kl_normal_fwd",
     "kl_standard_normal_bwd",
     "kl_standard_normal_fwd",
+    "linear_bwd",
+    "linear_fwd",
     "philox_words",
     "reparameterize_bwd",
     "reparameterize_fwd",
@@ -50,7 +56,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = {"philox_words": "_philox", "gather_batch": "gather", "scale_": "scale"}.get(name, name)
+    module = {
+        "philox_words": "_philox",
+        "gather_batch": "gather",
+        "scale_": "scale",
+        "adam_": "adam",
+        "activation_bwd_": "linear",
+    }.get(name, name)
     for suffix in ("_fwd", "_bwd", "_with_grad"):
         module = module.removesuffix(suffix)
     value = getattr(importlib.import_module(f".{module}", __name__), name)

@@ -23,6 +23,9 @@ _PREDICTIONS = {
 
 def supports(op: str, *tensors: Tensor) -> str | None:
     """None if `op` can run these tensors (predictions first, then data), else one short reason."""
+    if op == "mlp_loss":
+        # weights and biases, then data: all float32
+        return supports("kl_normal", *tensors[:4]) or supports("bernoulli_nll", *tensors[-2:])
     if op not in _PREDICTIONS:
         return f"the Numba kernels have no {op}"
     predictions = _PREDICTIONS[op]

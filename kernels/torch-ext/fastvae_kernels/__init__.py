@@ -7,6 +7,7 @@ from .gather_batch import gather_batch
 from .gaussian_nll import gaussian_nll_bwd, gaussian_nll_fwd, gaussian_nll_with_grad
 from .kl_normal import kl_normal_bwd, kl_normal_fwd
 from .kl_standard_normal import kl_standard_normal_bwd, kl_standard_normal_fwd
+from .linear import activation_bwd_, linear_bwd, linear_fwd
 from .linear_bernoulli_nll import linear_bernoulli_nll_fwd
 from .reparameterize import reparameterize_bwd, reparameterize_fwd
 from .reparameterize_kl import reparameterize_kl_bwd, reparameterize_kl_fwd
@@ -14,6 +15,7 @@ from .reparameterize_log_ratio import reparameterize_log_ratio_bwd, reparameteri
 from .scale import scale_
 
 __all__ = [
+    "activation_bwd_",
     "bernoulli_nll_bwd",
     "bernoulli_nll_fwd",
     "bernoulli_nll_with_grad",
@@ -26,6 +28,8 @@ __all__ = [
     "kl_standard_normal_bwd",
     "kl_standard_normal_fwd",
     "linear_bernoulli_nll_fwd",
+    "linear_bwd",
+    "linear_fwd",
     "philox_words",
     "reparameterize_bwd",
     "reparameterize_fwd",

@@ -1,0 +1,206 @@
+"""The training loss of a whole MLP autoencoder as one autograd Function, its gradients made in the forward.
+
+    [mu, logvar] = encoder(x),   z = mu + exp(logvar / 2) eps,   loss = mean_b [-log p(x_b|z_b)] + beta mean_b KL_b
+
+with Bernoulli pixels. What a layer at a time cannot do: the activation and the bias are part of a matrix product, its
+derivative and the bias gradient are one pass that overwrites the upstream gradient, dlogits overwrites the logits, the
+data's gradient is never made, and Python and autograd are entered once.
+
+All gradients lie in one buffer, which the first backward gives up, scaled in place; a second one (`retain_graph`)
+computes them again, and one that is itself differentiated (`create_graph`) goes to the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastvae import functional as F
+from fastvae import reference
+from fastvae._autograd import Kernels, reference_grads
+from fastvae._checks import draw_seed
+
+__all__ = ["Layers", "mlp_loss"]
+
+# (weight [O, I], bias [O]) of each layer; all but the last are followed by the activation
+Layers = Sequence[tuple[Tensor, Tensor]]
+
+ALIGNMENT = 4
+"""Elements: every gradient begins where a 128-bit access may."""
+
+
+def mlp_loss(
+    x: Tensor,
+    encoder: Layers,
+    decoder: Layers,
+    *,
+    activation: str,
+    seed: Tensor | None,
+    beta: float | Tensor,
+    example_offset: int = 0,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(loss, nll `[B]`, kl `[B]`) for x float32 `[B, D]` in [0, 1], or None where the op by op way must be taken."""
+    parameters = [tensor for layer in (*encoder, *decoder) for tensor in layer]
+    beta_needs_grad = isinstance(beta, Tensor) and beta.requires_grad
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_autocast_enabled(x.device.type)
+        or not torch.is_grad_enabled()
+        or x.requires_grad
+        or beta_needs_grad
+        or not all(p.requires_grad and p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
+        or not x.numel()
+    ):
+        return None
+    kernels, _ = F.choose_backend("mlp_loss", *parameters, x)
+    if kernels is None or not hasattr(kernels, "linear_fwd"):
+        return None
+    seed = draw_seed(seed, None, x.device)
+    options = _Options(beta, example_offset, activation, len(encoder))
+    return _MLPLoss.apply(kernels, x, seed, options, *parameters)
+
+
+class _Options(NamedTuple):
+    beta: float | Tensor
+    example_offset: int
+    activation: str
+    num_encoder_layers: int
+
+
+class _MLPLoss(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: Kernels,
+        x: Tensor,
+        seed: Tensor,
+        options: _Options,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.kernels, ctx.options = kernels, options
+        ctx.save_for_backward(x, seed, *parameters)
+        nll, kl, ctx.gradients = _nll_kl_gradients(kernels, x, seed, options, parameters)
+        ctx.mark_non_differentiable(nll, kl)
+        return nll.mean() + options.beta * kl.mean(), nll, kl
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
+        x, seed, *parameters = ctx.saved_tensors
+        constants = (None,) * 4
+        if torch.is_grad_enabled():
+
+            def op(*parameters: Tensor) -> Tensor:
+                return _reference_loss(x, seed, ctx.options, parameters)
+
+            return *constants, *reference_grads(op, parameters, (dloss,))
+        if ctx.gradients is None:
+            ctx.gradients = _nll_kl_gradients(ctx.kernels, x, seed, ctx.options, parameters)[2]
+        (buffer, gradients), ctx.gradients = ctx.gradients, None
+        ctx.kernels.scale_(buffer, dloss)
+        return *constants, *gradients
+
+
+def _gradient_buffer(parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Memory for the gradients of all parameters, and each in it."""
+    sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
+    buffer, views, first = parameters[0].new_empty(sum(sizes)), [], 0
+    for p, size in zip(parameters, sizes):
+        views.append(buffer.as_strided(p.shape, p.stride(), first))
+        if p.numel() < size:
+            # what lies between is scaled with the rest
+            buffer[first + p.numel() : first + size].zero_()
+        first += size
+    return buffer, views
+
+
+def _pairs(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(tensors[::2], tensors[1::2]))
+
+
+def _nll_kl_gradients(
+    kernels: Kernels,
+    x: Tensor,
+    seed: Tensor,
+    options: _Options,
+    parameters: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, tuple[Tensor, list[Tensor]]]:
+    """nll `[B]`, kl `[B]`, and the gradients of the loss: their buffer, and each in it."""
+    beta, example_offset, activation, num_encoder_layers = options
+    B = x.shape[0]
+    buffer, views = _gradient_buffer(parameters)
+    layers, gradients = _pairs(parameters), _pairs(views)
+    encoder, decoder = layers[:num_encoder_layers], layers[num_encoder_layers:]
+
+    encoded = _forward(kernels, x, encoder, activation)
+    mu, logvar = encoded[-1].chunk(2, dim=-1)
+    z, kl, _ = kernels.reparameterize_kl_fwd(mu, logvar, seed, example_offset, reference.STREAM_NOISE, False)
+    decoded = _forward(kernels, z, decoder, activation)
+
+    mean = x.new_full((), 1.0 / B)
+    nll, dlogits, dbias = kernels.bernoulli_nll_with_grad(
+        decoded[-1], x, mean.expand(B), None, 0, True, out=decoded[-1]
+    )
+    dz = _backward(kernels, dlogits, dbias, decoded, decoder, gradients[num_encoder_layers:], activation, True)
+
+    dout = torch.empty_like(encoded[-1])
+    dkl = (mean * beta).expand(B)
+    kernels.reparameterize_kl_bwd(
+        dz, dkl, mu, logvar, seed, example_offset, reference.STREAM_NOISE, tuple(dout.chunk(2, dim=-1))
+    )
+    _, dbias = kernels.activation_bwd_(dout, dout, "none")
+    _backward(kernels, dout, dbias, encoded, encoder, gradients[:num_encoder_layers], activation, False)
+    return nll, kl, (buffer, views)
+
+
+def _forward(kernels: Kernels, x: Tensor, layers: Layers, activation: str) -> list[Tensor]:
+    """The input of every layer, then the output of the last."""
+    values = [x]
+    for number, (weight, bias) in enumerate(layers, start=1):
+        values.append(kernels.linear_fwd(values[-1], weight, bias, activation if number < len(layers) else "none"))
+    return values
+
+
+def _backward(
+    kernels: Kernels,
+    dy: Tensor,
+    dbias: Tensor,
+    values: Sequence[Tensor],
+    layers: Layers,
+    gradients: Layers,
+    activation: str,
+    needs_dx: bool,
+) -> Tensor | None:
+    """Writes the gradients of all layers, given those of the last output and its bias; returns that of the input."""
+    dx: Any = dy
+    for number in reversed(range(len(layers))):
+        (weight, _), (dweight, bias_gradient), y = layers[number], gradients[number], values[number]
+        bias_gradient.copy_(dbias)
+        dx = kernels.linear_bwd(dx, y, weight, needs_dx or number > 0, dweight)
+        if number > 0:
+            dx, dbias = kernels.activation_bwd_(dx, y, activation)
+    return dx
+
+
+def _reference_loss(
+    x: Tensor,
+    seed: Tensor,
+    options: _Options,
+    parameters: Sequence[Tensor],
+) -> Tensor:
+    """The loss, differentiable any number of times."""
+    beta, example_offset, activation, num_encoder_layers = options
+    layers = _pairs(parameters)
+
+    def mlp(value: Tensor, layers: Layers) -> Tensor:
+        for weight, bias in layers[:-1]:
+            value = getattr(torch, activation)(torch.nn.functional.linear(value, weight, bias))
+        return torch.nn.functional.linear(value, *layers[-1])
+
+    mu, logvar = mlp(x, layers[:num_encoder_layers]).chunk(2, dim=-1)
+    z, kl = reference.reparameterize_kl(mu, logvar, seed, example_offset=example_offset)
+    nll = reference.bernoulli_nll(mlp(z, layers[num_encoder_layers:]), x)
+    return nll.mean() + beta * kl.mean()

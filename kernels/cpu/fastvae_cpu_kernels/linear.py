@@ -1,0 +1,119 @@
+"""Matrix products of layers y = activation(x W^T + b), and what lies between them.
+
+    d pre-activation = dy where y > 0 (relu),   dy (1 - y^2) (tanh);   db = its sums over the rows
+
+The products are PyTorch's own: oneDNN's where they are large, which adds the bias and cuts at zero as it writes, and
+those of its BLAS where they are small, or accumulate over the rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._jit import kernel, loop
+from ._layout import PIECE, plan
+from ._math import ONE, ZERO
+from ._pieces import add_piece, store_piece
+from ._pointers import f32_at, f32_scratch, f64_at
+from ._reduce import ColumnSums
+from ._threads import run
+
+__all__ = ["activation_bwd_", "linear_bwd", "linear_fwd"]
+
+_NS_PER_ELEMENT = 0.3
+NONE, RELU, TANH = range(3)
+_ACTIVATIONS = {"none": NONE, "relu": RELU, "tanh": TANH}
+# below this many weights oneDNN's overhead of 20 microseconds shows
+_LARGE = 65536
+
+
+@loop
+def _relu_piece(dy: Any, y: Any, out: Any, count: int) -> None:
+    for i in range(count):
+        out[i] = dy[i] if y[i] > ZERO else ZERO
+
+
+@loop
+def _tanh_piece(dy: Any, y: Any, out: Any, count: int) -> None:
+    for i in range(count):
+        out[i] = dy[i] * (ONE - y[i] * y[i])
+
+
+@kernel
+def _activation_bwd_kernel(
+    first_tile: int,
+    last_tile: int,
+    dy: int,  # float32 [B, D], contiguous; becomes the gradient before the activation
+    y: int,  # float32 [B, D], contiguous
+    sums: int,  # float64 [tiles down, D]
+    activation: int,
+    K: int,  # 1
+    B: int,
+    D: int,
+    across: int,
+    height: int,
+    width: int,
+) -> None:
+    piece = f32_scratch(512)
+    for tile in range(first_tile, last_tile):
+        block, part = tile // across, tile % across
+        end = min(D, (part + 1) * width)
+        for b in range(block * height, min(B, (block + 1) * height)):
+            for d in range(part * width, end, PIECE):
+                count, at = min(PIECE, end - d), 4 * (b * D + d)
+                if activation == NONE:
+                    add_piece(f32_at(dy + at), f64_at(sums + 8 * (block * D + d)), count)
+                else:
+                    if activation == RELU:
+                        _relu_piece(f32_at(dy + at), f32_at(y + at), piece, count)
+                    else:
+                        _tanh_piece(f32_at(dy + at), f32_at(y + at), piece, count)
+                    store_piece(piece, f32_at(dy + at), count)
+                    add_piece(piece, f64_at(sums + 8 * (block * D + d)), count)
+
+
+def activation_bwd_(dy: Tensor, y: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """(`dy` as the gradient before the activation, its sums over the rows `[D]`); both `[B, D]` and contiguous."""
+    grid = plan(dy.shape)
+    sums = ColumnSums(grid)
+    run(
+        _activation_bwd_kernel,
+        grid,
+        _NS_PER_ELEMENT * grid.elements,
+        dy.data_ptr(),
+        y.data_ptr(),
+        sums.address,
+        _ACTIVATIONS[activation],
+        *grid.sizes,
+    )
+    return dy, sums.per_column()
+
+
+def _onednn(x: Tensor, weight: Tensor) -> bool:
+    return weight.numel() >= _LARGE and x.shape[0] > 1 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+    """activation(x W^T + b) `[B, O]`, for x `[B, I]`, weight `[O, I]`, bias `[O]`."""
+    if _onednn(x, weight):
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, weight, bias, "none" if activation == "tanh" else activation, [], ""
+        )
+    else:
+        y = torch.addmm(bias, x, weight.t())
+        y = y.relu_() if activation == "relu" else y
+    return y.tanh_() if activation == "tanh" else y
+
+
+def linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, needs_dx: bool, dweight: Tensor) -> Tensor | None:
+    """The gradient `[B, I]` of x, if it is needed; that of the weight goes to `dweight` `[O, I]`."""
+    torch.mm(dy.t(), x, out=dweight)
+    if not needs_dx:
+        return None
+    if _onednn(x, weight):
+        dx: Tensor = torch.ops.mkldnn._linear_pointwise(dy, weight.t(), None, "none", [], "")
+        return dx
+    return dy @ weight

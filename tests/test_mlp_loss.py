@@ -1,0 +1,129 @@
+"""The loss of a whole MLP autoencoder in one Function: it is that of the plain layers, and so are its gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastvae import _mlp_loss
+from fastvae.models import VAE
+from tests.op_checks import BACKENDS, INTERPRETED, assert_accurate, device_of, load_backend, randn
+
+SEED, BETA, EXAMPLE_OFFSET = -5, 0.7, 3
+
+
+def make(hidden: tuple[int, ...], activation: str, backend: str, batch: int = 7) -> tuple[VAE, Tensor, Tensor]:
+    device = device_of(backend)
+    torch.manual_seed(0)
+    vae = VAE.mlp(data_shape=(13,), latent_dim=3, hidden=hidden, activation=activation).to(device)
+    return vae, randn(batch, 13, seed=1, device=device).sigmoid(), torch.tensor([SEED], device=device)
+
+
+def reference_loss(vae: VAE, x: Tensor, seed: Tensor, parameters: list[Tensor]) -> Tensor:
+    options = _mlp_loss._Options(BETA, EXAMPLE_OFFSET, vae.encoder.activation, len(vae.encoder.layers()))
+    return _mlp_loss._reference_loss(x.to(parameters[0].dtype), seed, options, parameters)
+
+
+def gradients(loss: Tensor, parameters: list[Tensor], **how: bool) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, parameters, **how))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    load_backend(request.param)
+    monkeypatch.setenv("FASTVAE_BACKEND", request.param)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("hidden", [(), (9,), (260, 300)])
+def test_loss_and_gradients_are_those_of_the_layers(hidden: tuple[int, ...], activation: str, backend: str) -> None:
+    vae, x, seed = make(hidden, activation, backend, batch=20)
+    parameters = list(vae.parameters())
+    loss, nll, kl = vae(x, seed=seed, beta=BETA, example_offset=EXAMPLE_OFFSET)
+    assert type(loss.grad_fn).__name__ == "_MLPLossBackward"
+    assert not nll.requires_grad
+    assert not kl.requires_grad
+    torch.testing.assert_close(loss, nll.mean() + BETA * kl.mean())
+    ours = gradients(3.0 * loss, parameters)
+    wide = [p.detach().double().requires_grad_() for p in parameters]
+    exact = gradients(3.0 * reference_loss(vae, x, seed, wide), wide)
+    eager_loss = reference_loss(vae, x, seed, parameters)
+    eager = gradients(3.0 * eager_loss, parameters)
+    assert_accurate(loss, reference_loss(vae, x, seed, wide), eager_loss)
+    for name, a, b, c in zip(dict(vae.named_parameters()), ours, exact, eager):
+        # a chain of sums, each in another order than eager's
+        assert_accurate(a, b, c, name, factor=4.0)
+
+
+def test_the_upstream_gradient_is_applied_once_and_a_second_backward_is_the_same(backend: str) -> None:
+    vae, x, seed = make((9,), "relu", backend)
+    parameters = list(vae.parameters())
+    loss = 2.0 * vae(x, seed=seed).loss
+    first, second = gradients(loss, parameters, retain_graph=True), gradients(loss, parameters)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    again = gradients(vae(x, seed=seed).loss, parameters)
+    torch.testing.assert_close(first, [2.0 * g for g in again])
+
+
+def test_a_differentiated_backward_is_the_references(backend: str) -> None:
+    vae, x, seed = make((9,), "tanh", backend)
+    parameters = list(vae.parameters())
+
+    def penalty(loss: Tensor) -> list[Tensor]:
+        squares = [g.square().sum() for g in gradients(loss, parameters, create_graph=True)]
+        return gradients(torch.stack(squares).sum(), parameters)
+
+    loss = vae(x, seed=seed, beta=BETA, example_offset=EXAMPLE_OFFSET).loss
+    torch.testing.assert_close(penalty(loss), penalty(reference_loss(vae, x, seed, parameters)))
+
+
+def test_each_gradient_is_taken_over_not_copied(backend: str) -> None:
+    vae, x, seed = make((9,), "relu", backend)
+    loss = vae(x, seed=seed).loss
+    buffer = loss.grad_fn.gradients[0].untyped_storage().data_ptr()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.untyped_storage().data_ptr() == buffer for p in vae.parameters())
+
+
+def test_what_it_is_not_for_takes_the_layers_one_by_one() -> None:
+    vae, x, seed = make((9,), "relu", "numba")
+
+    def fused(vae: VAE = vae, x: Tensor = x, **settings: object) -> bool:
+        loss = vae(x, seed=seed, **settings).loss
+        return type(loss.grad_fn).__name__ == "_MLPLossBackward"
+
+    assert fused()
+    assert fused(x=(255 * x).to(torch.uint8))
+    assert not fused(x=x.clone().requires_grad_())
+    assert not fused(free_bits=0.1)
+    assert not fused(objective="iwae", num_samples=2)
+    assert not fused(beta=torch.ones(1, requires_grad=True))
+    assert not fused(vae=vae.double(), x=x.double())
+    vae.float()
+    with torch.no_grad():
+        assert vae(x, seed=seed).loss.grad_fn is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not fused()
+    vae.encoder.head.bias.requires_grad_(False)
+    assert not fused()
+    own = VAE(nn.Linear(13, 6), nn.Linear(3, 13), vae.likelihood, data_shape=(13,), latent_dim=3)
+    assert not fused(vae=own)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "tanh"])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (300, 20), (33, 1000), (5, 9000)])
+def test_activation_gradient_and_its_column_sums(shape: tuple[int, int], activation: str, backend: str) -> None:
+    if INTERPRETED and backend == "triton" and shape[1] > 1000:
+        pytest.skip("a wide tile is Numba's own affair, and slow in the interpreter")
+    kernels = load_backend(backend)
+    device = device_of(backend)
+    dy, pre = randn(*shape, seed=2, device=device), randn(*shape, seed=3, device=device)
+    derivative = {"none": torch.ones_like(pre), "relu": (pre > 0).float(), "tanh": 1.0 - pre.tanh().square()}
+    y = {"none": pre, "relu": pre.relu(), "tanh": pre.tanh()}[activation]
+    expected = dy * derivative[activation]
+    result, sums = kernels.activation_bwd_(dy, y, activation)
+    assert result is dy
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+    assert_accurate(sums, expected.double().sum(0), expected.sum(0))
