@@ -20,7 +20,7 @@ from torch import Tensor
 from ._layout import Rows, as_rows, device_guard, grid_1d, vector_width
 from ._math import exponentials, normal
 from ._philox import load_key
-from ._rows import locate_rows, sum_partials
+from ._rows import locate_rows, output_rows, sum_partials
 from ._tiles import column_bands, load_tile, row_pointer, single_tiles, split_program, store_tile, whole_rows
 from .kl_standard_normal import kl_grads, kl_term
 
@@ -225,12 +225,8 @@ def reparameterize_kl_bwd(
     # a missing tensor has strides that no kernel reads
     dz_rows = Rows(dmu, 0, 0, 1) if dz is None else as_rows(dz)
     dkl_rows = Rows(dmu, 0, 0, 1) if dkl is None else as_rows(dkl, event=False)
-    rows = [dz_rows, *map(as_rows, (mu, logvar, dmu, dlogvar))]
-    W = vector_width(L, *rows)
-    _, mu_rows, logvar_rows, dmu_rows, dlogvar_rows = rows
-    assert all(r.tensor.data_ptr() == t.data_ptr() for r, t in ((dmu_rows, dmu), (dlogvar_rows, dlogvar))), (
-        "three strides must be able to walk the outputs"
-    )
+    mu_rows, logvar_rows, dmu_rows, dlogvar_rows = as_rows(mu), as_rows(logvar), output_rows(dmu), output_rows(dlogvar)
+    W = vector_width(L, dz_rows, mu_rows, logvar_rows, dmu_rows, dlogvar_rows)
     plan = single_tiles(num_rows, L)
     with device_guard(mu):
         _reparameterize_kl_bwd_kernel[grid_1d(plan.groups, plan.splits)](
