@@ -316,6 +316,13 @@ def test_no_atomics(compiled: dict[str, dict[str, Any]]) -> None:
             assert not re.search(r"\b(atom|red)\.", ptx)
 
 
+def test_no_tensor_cores(compiled: dict[str, dict[str, Any]]) -> None:
+    """`tl.dot` rounds float32 to TF32 unless it is told not to."""
+    for group in compiled.values():
+        for ptx in group["ptx"]:
+            assert not re.search(r"mma|tf32", ptx)
+
+
 def test_nothing_is_autotuned() -> None:
     """Tuning would launch a kernel many times, inside a graph capture too."""
     kernels = load_backend("triton")

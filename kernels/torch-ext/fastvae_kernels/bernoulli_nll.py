@@ -90,14 +90,22 @@ def _pairs(t):
 
 
 @triton.jit
-def _row_sum(linear, q, LOG_GROUP: tl.constexpr):
-    """The rows' sums `[ROWS, 1]` of `linear` + log(1 + q); 2^LOG_GROUP neighbours share a logarithm."""
+def _row_sum(linear, q, LOG_GROUP: tl.constexpr, FOLDS: tl.constexpr):
+    """The rows' sums `[ROWS, 1]` of `linear` + log(1 + q); 2^LOG_GROUP neighbours share a logarithm.
+
+    A thread adds its values one by one. Where neighbours are not its own, they meet in one thread, a whole row of them:
+    FOLDS adds pairs first, so that the roundings of a long chain do not add up.
+    """
     for _ in tl.static_range(LOG_GROUP):
         linear_a, linear_b = _pairs(linear)
         q_a, q_b = _pairs(q)
         linear = linear_a + linear_b
         q = _times(q_a, q_b)
-    return tl.sum(linear + _log1p(q), axis=1, keep_dims=True)
+    total = linear + _log1p(q)
+    for _ in tl.static_range(FOLDS):
+        total_a, total_b = _pairs(total)
+        total = total_a + total_b
+    return tl.sum(total, axis=1, keep_dims=True)
 
 
 @triton.jit
@@ -175,6 +183,7 @@ def _bernoulli_nll_kernel(
     # as many neighbours as one 128-bit access of the logits brings
     LOG_GROUP: tl.constexpr = 2 if logits_ptr.dtype.element_ty == tl.float32 or COLS < 8 else 3
     TAIL_GROUP: tl.constexpr = 0 if ROWS * TAIL < 512 else 2
+    FOLDS: tl.constexpr = 2 if WIDTH < 4 and COLS >= 64 else 0
     BLOCK: tl.constexpr = 64 >> LOG_GROUP
     D = num_elements * WIDTH
     group = (tl.program_id(0) // splits).to(tl.int64)
@@ -208,7 +217,7 @@ def _bernoulli_nll_kernel(
                 logits_stride_d, x_stride_d, dlogits_stride_d, COLS, LEVELS, BINARIZE, True,
             )  # fmt: skip
             column_sum += dlogits
-            nll = _row_sum(linear, e, LOG_GROUP)
+            nll = _row_sum(linear, e, LOG_GROUP, FOLDS)
         else:
             nll = tl.zeros((ROWS, 1), tl.float32)
             for block in range(begin, end, BLOCK):
@@ -221,14 +230,14 @@ def _bernoulli_nll_kernel(
                     )  # fmt: skip
                     linear += terms
                     q = _times(q, e)
-                nll += _row_sum(linear, q, LOG_GROUP)
+                nll += _row_sum(linear, q, LOG_GROUP, FOLDS)
             if TAIL:  # noqa: SIM102  # known at compile time, the next one is not
                 if split == splits - 1:
                     terms, e, dlogits = _step(
                         logits_row, x_row, dlogits_row, weight, whole * COLS, D, in_rows, example, key_lo, key_hi,
                         logits_stride_d, x_stride_d, dlogits_stride_d, TAIL, LEVELS, BINARIZE, True,
                     )  # fmt: skip
-                    nll += _row_sum(terms, e, TAIL_GROUP)
+                    nll += _row_sum(terms, e, TAIL_GROUP, 0)
         if nll_ptr is not None:
             tl.store(nll_ptr + split.to(tl.int64) * num_rows + row, nll, in_rows)
 
