@@ -1,4 +1,4 @@
-"""Fast mathematics on bounded ranges: normals from words, exp(x / 2), expm1(x) - x.
+"""Fast mathematics on bounded ranges: normals from words, exp(x) and exp(x / 2), expm1(x) - x.
 
 Polynomials (minimax, fitted by Lawson's iteration on Chebyshev points) instead of libdevice's general functions: no
 slow path, no local stack, and the same code on NVIDIA, on AMD and in the interpreter. `PRECISE` is for float32 results;
@@ -117,6 +117,18 @@ def exponentials(x, PRECISE: tl.constexpr):
         return root * tl.fma(lost, 0.6931471824645996, 1.0), tl.exp2(2.0 * y) * tl.fma(lost, 1.3862943649291992, 1.0)
     else:
         return root, root * root
+
+
+@triton.jit
+def exponential(x, PRECISE: tl.constexpr):
+    """exp(x), as `exponentials` makes it."""
+    y = x * 1.4426950216293335
+    if PRECISE:
+        lost = tl.fma(x, 1.92596299e-08, tl.fma(x, 1.4426950216293335, -y))
+        lost = tl.where(tl.abs(x) < 128.0, lost, 0.0)
+        return tl.exp2(y) * tl.fma(lost, 0.6931471824645996, 1.0)
+    else:
+        return tl.exp2(y)
 
 
 @triton.jit

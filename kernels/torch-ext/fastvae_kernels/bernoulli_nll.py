@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ._data import as_bytes, binarize, unit_interval
 from ._layout import Rows, as_rows, device_guard, grid_1d, merge_rows, vector_width
-from ._math import exp_half
+from ._math import exponential
 from ._philox import load_key
 from ._rows import column_walk, locate_rows, output_rows, row_walk, sum_partials
 
@@ -40,7 +40,7 @@ _UNSPECIALISED = [
 @triton.jit
 def _nll_terms(logits, x, PRECISE: tl.constexpr):
     """(max(l, 0) - x l, e): what the sum over elements adds, and what the product multiplies."""
-    return tl.maximum(logits, 0.0) - x * logits, exp_half(-2.0 * tl.abs(logits), PRECISE)
+    return tl.maximum(logits, 0.0) - x * logits, exponential(-tl.abs(logits), PRECISE)
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def _pairs(t):
 
 
 @triton.jit
-def _row_sum(linear, q, LOG_GROUP: tl.constexpr, FOLDS: tl.constexpr):
+def _row_sum(linear, q, LOG_GROUP: tl.constexpr, FOLDS: tl.constexpr = 0):
     """The rows' sums `[ROWS, 1]` of `linear` + log(1 + q); 2^LOG_GROUP neighbours share a logarithm.
 
     A thread adds its values one by one. Where neighbours are not its own, they meet in one thread, a whole row of them:
@@ -237,7 +237,7 @@ def _bernoulli_nll_kernel(
                         logits_row, x_row, dlogits_row, weight, whole * COLS, D, in_rows, example, key_lo, key_hi,
                         logits_stride_d, x_stride_d, dlogits_stride_d, TAIL, LEVELS, BINARIZE, True,
                     )  # fmt: skip
-                    nll += _row_sum(terms, e, TAIL_GROUP, 0)
+                    nll += _row_sum(terms, e, TAIL_GROUP)
         if nll_ptr is not None:
             tl.store(nll_ptr + split.to(tl.int64) * num_rows + row, nll, in_rows)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ._data import as_bytes, unit_interval
 from ._layout import Rows, as_rows, device_guard, grid_1d, merge_rows, vector_width
-from ._math import exp_half
+from ._math import exponential
 from ._rows import column_walk, locate_rows, output_rows, row_walk, sum_partials
 
 _LOG_2_PI = tl.constexpr(1.8378770664093453)
@@ -36,7 +36,7 @@ _UNSPECIALISED = [
 def _terms(mu, logvar, x, PRECISE: tl.constexpr):
     """(difference / variance, s)."""
     difference = x - mu
-    scaled = difference * exp_half(-2.0 * logvar, PRECISE)
+    scaled = difference * exponential(-logvar, PRECISE)
     return scaled, difference * scaled
 
 
