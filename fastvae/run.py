@@ -7,11 +7,13 @@ checkpoints/best.safetensors      the same, at the lowest test negative ELBO so 
 config.json, model.safetensors    the model, for `VAE.from_pretrained`
 figures/*.png
 job                               while it is not at its end: the `torchrun` job that trains it
+owner                             likewise: a word that is new with every start
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ class Run:
         self.best = path / "checkpoints" / "best.safetensors"
         self.figures = path / "figures"
         self.job_file = path / "job"
+        self.owner_file = path / "owner"
+        self.owner = secrets.token_hex(8)
 
     @classmethod
     def create(cls, config: TrainConfig, job: str | None = None) -> Run:
@@ -68,9 +72,19 @@ class Run:
     def _is_of(self, job: str | None, config: TrainConfig) -> bool:
         return job is not None and self.job_file.is_file() and self.job_file.read_text() == _job_text(job, config)
 
+    def claim(self) -> None:
+        """From now on this process alone writes here: one that did before, cut off from the others perhaps, ends."""
+        write_atomic(self.owner_file, self.owner)
+
+    def check_owner(self) -> None:
+        """Raises: FastvaeError if another process has claimed the run since."""
+        if not self.owner_file.is_file() or self.owner_file.read_text() != self.owner:
+            raise FastvaeError(f"another process has gone on with {self.path}: this one ends")
+
     def finish(self) -> None:
         """The same job may now begin another run."""
-        self.job_file.unlink(missing_ok=True)
+        for file in (self.job_file, self.owner_file):
+            file.unlink(missing_ok=True)
 
     @classmethod
     def open(cls, path: Path) -> Run:
@@ -91,6 +105,7 @@ class Run:
         return TrainConfig.from_dict(fields)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
+        self.check_owner()
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -121,6 +121,7 @@ def _train(config: TrainConfig, run: Run | None, ranks: Ranks) -> Path:
                 saved_at, save_to = time.monotonic(), [run.last, *save_to]
             if save_to and ranks.is_main:
                 with log.pause():
+                    run.check_owner()
                     writer.save(save_to, *snapshot(step, config, best))
             if stop and done < num_steps:
                 writer.wait()
@@ -157,12 +158,15 @@ def _begun(
     """The run directory, and its newest checkpoint if there is something to go on from."""
     if run is None:
         run = Run.create(config, torchrun_job())
+        run.claim()
         if not run.checkpoints():
             # a start of the same job may have logged, but not saved
             run.rewind_metrics(0)
             run.write_config(config)
             return run, None
-    return run, run.newest_checkpoint()
+    saved = run.newest_checkpoint()
+    run.claim()
+    return run, saved
 
 
 def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:

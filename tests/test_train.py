@@ -196,3 +196,15 @@ def test_tensorboard_files(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     run = train(dataclasses.replace(SMALL, out=tmp_path / "run", max_steps=5, tensorboard=True))
     assert list(run.glob("events.out.tfevents.*"))
+
+
+def test_of_two_that_train_the_same_run_the_first_ends(tmp_path: Path) -> None:
+    first = Run.create(dataclasses.replace(SMALL, out=tmp_path / "run"))
+    first.claim()
+    first.append_metrics({"step": 1})
+    second = Run.open(first.path)
+    second.claim()
+    with pytest.raises(FastvaeError, match="another process has gone on with"):
+        first.append_metrics({"step": 2})
+    second.append_metrics({"step": 3})
+    assert [row["step"] for row in first.read_metrics()] == [1, 3]
