@@ -1,8 +1,9 @@
 """Where a training step's time goes: `python -m bench.profile`.
 
 Runs the trainer's own step on synthetic data under torch.profiler and writes a trace for Perfetto or chrome://tracing,
-with the stages of the step as ranges (NVTX ranges as well on CUDA). Prints the time of the stages, and of the kernels
-with their GB/s where the bytes are known: for this package's kernels, each of their tensors once.
+with the stages of the step as ranges (NVTX ranges as well on CUDA). Where the loss of an MLP is fused, its backward
+runs inside the forward. Prints the time of the stages, and of the kernels with their GB/s where the bytes are known:
+for this package's kernels, each of their tensors once.
 
 `--kernel NAME` prints the ncu command line that takes one launch of a CUDA kernel apart. The step runs as written,
 stage by stage: it is not replayed from a CUDA graph.
@@ -124,16 +125,20 @@ def instrumented(step: TrainingStep) -> Iterator[Moved]:
     """Ranges around the stages of the step and around this package's functions, put on from outside."""
     cuda = step.data.device.type == "cuda"
     moved: Moved = defaultdict(int)
-    likelihood = step.model.likelihood
+    package, _ = F.choose_backend("bernoulli_nll", torch.empty(1, 1, device=step.data.device))
+    inner = {
+        "bernoulli_nll_with_grad": "loss",
+        "gaussian_nll_with_grad": "loss",
+        "linear_bwd": "backward",
+        "activation_bwd_": "backward",
+    }
     stages: list[tuple[Any, str, str]] = [
         (F, "gather_batch", "gather"),
         (step.model, "forward", "forward"),
-        (likelihood, "loss", "loss"),
-        (likelihood, "linear_loss", "loss"),
+        *((package, name, stage) for name, stage in inner.items() if package is not None),
         (torch.autograd, "backward", "backward"),
         (step.optimizer, "step", "optimiser"),
     ]
-    package, _ = F.choose_backend("bernoulli_nll", torch.empty(1, 1, device=step.data.device))
     with contextlib.ExitStack() as patches:
         for owner, attribute, name in stages:
             wrapped = _ranged(name, getattr(owner, attribute), cuda)

@@ -177,8 +177,7 @@ KILLED_WRITERS = """
     import os, random, signal, sys, time
     from pathlib import Path
     import torch
-    from fastvae import checkpoint_writer
-from fastvae.checkpoint import load_checkpoint, save_checkpoint
+    from fastvae.checkpoint import load_checkpoint, save_checkpoint
 
     torch.set_num_threads(1)
     path, interrupted, last = Path(sys.argv[1]), 0, 0

@@ -84,5 +84,5 @@ def test_the_ncu_command_runs_this_setting_again():
 
 def test_an_unknown_kernel_is_refused_with_the_names_of_all():
     pytest.importorskip("fastvae_kernels")
-    with pytest.raises(ValueError, match="no kernel 'none', expected one of _bernoulli_nll_kernel, "):
+    with pytest.raises(ValueError, match=r"no kernel 'none', expected one of .*_bernoulli_nll_kernel, "):
         profile.ncu_command(replace(SMALL, kernel="none"))

@@ -24,7 +24,14 @@ REQUIRES = ("torch",)
 # more steps than any run of the benchmark: the schedules are tables of this length
 MOST_STEPS = 1_000_000
 
-LOSSES = ("bernoulli_nll_with_grad", "reparameterize_kl_fwd", "reparameterize_kl_bwd")
+# what the forward calls, the gradients of a fused loss among it
+INNER = {
+    "bernoulli_nll_with_grad": "loss",
+    "reparameterize_kl_fwd": "loss",
+    "reparameterize_kl_bwd": "loss",
+    "linear_bwd": "backward",
+    "activation_bwd_": "backward",
+}
 
 
 class Provider:
@@ -66,7 +73,7 @@ class Provider:
             (self.model, "forward", "forward"),
             (torch.Tensor, "backward", "backward"),
             (self.step.optimizer, "step", "optimiser"),
-            *((kernels, name, "loss") for name in LOSSES if kernels is not None),
+            *((kernels, name, stage) for name, stage in INNER.items() if kernels is not None),
         ]
         steps = 200 if self.config.batch_size < 1000 else 5
         with timed(stages) as seconds:
