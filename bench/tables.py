@@ -116,9 +116,9 @@ def kernel_lines(times: Iterable[Record]) -> list[dict[str, Record]]:
 
 
 def fastest_rival(line: dict[str, Record]) -> Record | None:
-    """The rival with the least median, where we have a time as well."""
-    rivals = [r for name, r in line.items() if name != OURS]
-    return min(rivals, key=lambda r: r["seconds"][1]) if rivals and OURS in line else None
+    """The rival with the least time by ours within a round, where we have a time as well."""
+    rivals = [r for name, r in line.items() if name != OURS and r["times_ours"] is not None]
+    return min(rivals, key=lambda r: r["times_ours"][1]) if rivals else None
 
 
 def what(r: Record) -> str:
