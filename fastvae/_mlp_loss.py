@@ -42,8 +42,12 @@ def mlp_loss(
     seed: Tensor | None,
     beta: float | Tensor,
     example_offset: int = 0,
+    write_gradients: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(loss, nll `[B]`, kl `[B]`) for x float32 `[B, D]` in [0, 1], or None where the op by op way must be taken."""
+    """(loss, nll `[B]`, kl `[B]`) for x float32 `[B, D]` in [0, 1], or None where the op by op way must be taken.
+
+    With `write_gradients` the loss has no graph: its gradients have become the `.grad` of the parameters.
+    """
     parameters = [tensor for layer in (*encoder, *decoder) for tensor in layer]
     beta_needs_grad = isinstance(beta, Tensor) and beta.requires_grad
     if (
@@ -61,7 +65,11 @@ def mlp_loss(
         return None
     seed = draw_seed(seed, None, x.device)
     options = _Options(beta, example_offset, activation, len(encoder))
-    return _MLPLoss.apply(kernels, x, seed, options, *parameters)
+    if not write_gradients:
+        return _MLPLoss.apply(kernels, x, seed, options, *parameters)
+    with torch.no_grad():
+        nll, kl = _nll_kl_gradients(kernels, x, seed, options, parameters, _own_gradients(parameters))
+        return nll.mean() + beta * kl.mean(), nll, kl
 
 
 class _Options(NamedTuple):
@@ -83,7 +91,8 @@ class _MLPLoss(Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.kernels, ctx.options = kernels, options
         ctx.save_for_backward(x, seed, *parameters)
-        nll, kl, ctx.gradients = _nll_kl_gradients(kernels, x, seed, options, parameters)
+        ctx.gradients = _gradient_buffer(parameters)
+        nll, kl = _nll_kl_gradients(kernels, x, seed, options, parameters, ctx.gradients[1])
         ctx.mark_non_differentiable(nll, kl)
         return nll.mean() + options.beta * kl.mean(), nll, kl
 
@@ -98,7 +107,8 @@ class _MLPLoss(Function):
 
             return *constants, *reference_grads(op, parameters, (dloss,))
         if ctx.gradients is None:
-            ctx.gradients = _nll_kl_gradients(ctx.kernels, x, seed, ctx.options, parameters)[2]
+            ctx.gradients = _gradient_buffer(parameters)
+            _nll_kl_gradients(ctx.kernels, x, seed, ctx.options, parameters, ctx.gradients[1])
         (buffer, gradients), ctx.gradients = ctx.gradients, None
         ctx.kernels.scale_(buffer, dloss)
         return *constants, *gradients
@@ -117,6 +127,14 @@ def _gradient_buffer(parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]
     return buffer, views
 
 
+def _own_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The `.grad` of each parameter, to be overwritten; made where there is none that a kernel can write."""
+    for p in parameters:
+        if p.grad is None or p.grad.dtype != p.dtype or not p.grad.is_contiguous() or p.grad.requires_grad:
+            p.grad = torch.empty_like(p)
+    return [p.grad for p in parameters if p.grad is not None]
+
+
 def _pairs(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(tensors[::2], tensors[1::2]))
 
@@ -127,12 +145,12 @@ def _nll_kl_gradients(
     seed: Tensor,
     options: _Options,
     parameters: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, tuple[Tensor, list[Tensor]]]:
-    """nll `[B]`, kl `[B]`, and the gradients of the loss: their buffer, and each in it."""
+    grads: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """nll `[B]` and kl `[B]`; the gradients of the loss go to `grads`, one of each parameter's shape."""
     beta, example_offset, activation, num_encoder_layers = options
     B = x.shape[0]
-    buffer, views = _gradient_buffer(parameters)
-    layers, gradients = _pairs(parameters), _pairs(views)
+    layers, gradients = _pairs(parameters), _pairs(grads)
     encoder, decoder = layers[:num_encoder_layers], layers[num_encoder_layers:]
 
     encoded = _forward(kernels, x, encoder, activation)
@@ -140,7 +158,7 @@ def _nll_kl_gradients(
     z, kl, _ = kernels.reparameterize_kl_fwd(mu, logvar, seed, example_offset, reference.STREAM_NOISE, False)
     decoded = _forward(kernels, z, decoder, activation)
 
-    mean = x.new_full((), 1.0 / B)
+    mean = x.new_empty(()).fill_(1.0 / B)
     nll, dlogits, dbias = kernels.bernoulli_nll_with_grad(
         decoded[-1], x, mean.expand(B), None, 0, True, out=decoded[-1]
     )
@@ -153,7 +171,7 @@ def _nll_kl_gradients(
     )
     _, dbias = kernels.activation_bwd_(dout, dout, "none")
     _backward(kernels, dout, dbias, encoded, encoder, gradients[:num_encoder_layers], activation, False)
-    return nll, kl, (buffer, views)
+    return nll, kl
 
 
 def _forward(kernels: Kernels, x: Tensor, layers: Layers, activation: str) -> list[Tensor]:

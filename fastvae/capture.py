@@ -1,7 +1,8 @@
-"""The training step as a CUDA graph: after a few eager steps, one launch per step instead of dozens.
+"""The training step as a graph: after a few eager steps, what one step launched is launched again.
 
 A step is a function of device state alone (see `fastvae.step`), so that replaying what it launched once is taking it
-again: step counter, seed, learning rate, KL weight and the order of the examples are read from the device.
+again: step counter, seed, learning rate, KL weight and the order of the examples are read from the device. On CUDA one
+launch then takes the place of dozens; on the CPU the arithmetic is all that is left of a small step.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from collections.abc import Callable
 import torch
 
 from fastvae.config import TrainConfig
+from fastvae.cpu_graph import CPUGraph
 from fastvae.step import TrainingStep
 
-__all__ = ["CapturedStep", "captured"]
+__all__ = ["CapturedStep", "RecordedStep", "captured"]
 
 WARM_UP = 3
 """Steps taken eagerly first: kernels are compiled, the optimiser's state and the libraries' workspaces are made."""
@@ -21,8 +23,11 @@ WARM_UP = 3
 
 def captured(step: TrainingStep, config: TrainConfig, say: Callable[[str], None]) -> Callable[[], None]:
     """What takes a step fastest. Where that is no CUDA graph though one was asked for, `say` gets a line on why."""
-    if not config.cuda_graph or step.data.device.type != "cuda":
+    if not config.cuda_graph:
         return step
+    if step.data.device.type == "cpu":
+        # what compiled code and other ranks do cannot be recorded
+        return step if config.compile or step.replica is not None else RecordedStep(step)
     if config.optimizer == "adagrad":
         say("no CUDA graph: torch's Adagrad keeps its step counter on the host")
         return step
@@ -30,6 +35,27 @@ def captured(step: TrainingStep, config: TrainConfig, say: Callable[[str], None]
         say("no CUDA graph: the ranks' gradients are averaged outside of one")
         return step
     return CapturedStep(step, say)
+
+
+class RecordedStep:
+    """Calling it takes one step on the CPU: eagerly at first, then by replaying one that was recorded, if it can be."""
+
+    def __init__(self, step: TrainingStep) -> None:
+        self.step = step
+        self.graph: CPUGraph | None = None
+        self.taken = 0
+
+    def __call__(self) -> None:
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.taken == WARM_UP:
+            graph = CPUGraph()
+            with graph.record():
+                self.step()
+            self.graph = graph if graph.refused is None else None
+        else:
+            self.step()
+        self.taken += 1
 
 
 class CapturedStep:

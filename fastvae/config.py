@@ -96,7 +96,7 @@ class TrainConfig:
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     """Matrix products: float32; float32 through TF32 tensor cores; bfloat16 autocast with float32 weights."""
     cuda_graph: bool = True
-    """On CUDA: record the step once as a CUDA graph and replay it."""
+    """Record the step once and replay it: as a CUDA graph, or on the CPU as a list of launches."""
     compile: bool = False
     """Run the model through torch.compile inside the step."""
     log_every: int = 100

@@ -28,6 +28,9 @@ from fastvae.wake_sleep import wake_sleep
 
 __all__ = ["VAE", "ConvDecoder", "ConvEncoder", "Loss", "MLPDecoder", "MLPEncoder"]
 
+FUSED = {"objective": "elbo", "num_samples": 1, "kl_estimator": "analytic", "free_bits": 0.0}
+"""Settings of the loss that `fastvae._mlp_loss` makes."""
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
@@ -295,7 +298,7 @@ class VAE(nn.Module):
         x = self._flat(x)
         if objective == "wake-sleep":
             return Loss(*wake_sleep(self, x, seed=draw_seed(seed, None, x.device), example_offset=example_offset))
-        if (objective, num_samples, kl_estimator, free_bits) == ("elbo", 1, "analytic", 0.0):
+        if (objective, num_samples, kl_estimator, free_bits) == tuple(FUSED.values()):
             fused = self._fused_loss(x, seed, beta, example_offset)
             if fused is not None:
                 return fused
@@ -312,6 +315,30 @@ class VAE(nn.Module):
         nll_loss, nll = self.decoder_loss(z, x)
         return Loss(nll_loss + beta * kl_loss, nll.mean(0) if nll.ndim > 1 else nll, kl.detach())
 
+    def write_gradients(
+        self,
+        x: Tensor,
+        *,
+        seed: Tensor | None = None,
+        beta: float | Tensor = 1.0,
+        example_offset: int = 0,
+        **settings: Any,
+    ) -> Loss:
+        """`forward` and a backward in one: the gradients of its loss become the `.grad` of the parameters.
+
+        What was there is lost, not added to. Quicker for the paper's model, for which autograd has nothing to do.
+        """
+        if all(settings.get(name, value) == value for name, value in FUSED.items()):
+            fused = self._fused_loss(self._flat(x), seed, beta, example_offset, write_gradients=True)
+            if fused is not None:
+                return fused
+        loss = self(x, seed=seed, beta=beta, example_offset=example_offset, **settings)
+        self.zero_grad(set_to_none=True)
+        # the caller's autocast is for the forward
+        with torch.autocast(x.device.type, enabled=False):
+            loss.loss.sum().backward()
+        return Loss(loss.loss.detach(), loss.nll, loss.kl)
+
     def nll(self, z: Tensor, x: Tensor) -> Tensor:
         """-log p(x|z) `[..., B]` in nats, for z `[..., B, L]` and x `[B, D]`; an MLP decoder's output is not kept."""
         if isinstance(self.decoder, MLPDecoder):
@@ -324,7 +351,9 @@ class VAE(nn.Module):
             return self.likelihood.linear_loss(self.decoder.body(z), self.decoder.head, x)
         return self.likelihood.loss(self.decode(z), x)
 
-    def _fused_loss(self, x: Tensor, seed: Tensor | None, beta: float | Tensor, example_offset: int) -> Loss | None:
+    def _fused_loss(
+        self, x: Tensor, seed: Tensor | None, beta: float | Tensor, example_offset: int, write_gradients: bool = False
+    ) -> Loss | None:
         """The loss as one Function, of the paper's model; None for every other model, or where it cannot be used."""
         encoder, decoder = self.encoder, self.decoder
         if not (type(encoder) is MLPEncoder and type(decoder) is MLPDecoder):
@@ -339,6 +368,7 @@ class VAE(nn.Module):
             seed=seed,
             beta=beta,
             example_offset=example_offset,
+            write_gradients=write_gradients,
         )
         return None if fused is None else Loss(*fused)
 

@@ -19,7 +19,7 @@ from fastvae import functional as F
 from fastvae import reference
 from fastvae.config import TrainConfig
 from fastvae.distributed import ALONE, Ranks, Replica
-from fastvae.models import VAE
+from fastvae.models import VAE, Loss
 from fastvae.optim import Adam
 from fastvae.stream import BatchStream
 
@@ -50,10 +50,7 @@ def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter], num_trai
             parameters, lr=torch.tensor(config.lr), weight_decay=weight_decay, fused=device.type == "cpu" or None
         )
     lr = torch.tensor(config.lr, device=device)
-    return torch.optim.Adam(
-        parameters, lr=lr, eps=config.adam_eps, weight_decay=weight_decay, fused=True, capturable=device.type == "cuda"
-    )
-    return Adam(parameters, lr=lr, weight_decay=weight_decay)
+    return Adam(parameters, lr=lr, eps=config.adam_eps, weight_decay=weight_decay)
 
 
 def _schedules(
@@ -148,14 +145,21 @@ class TrainingStep:
             settings |= {"beta": self.beta.index_select(0, self.step), "free_bits": self.config.free_bits}
         return settings
 
+    def write_gradients(self, x: Tensor, **settings: Any) -> Loss:
+        """Forward and backward of the loss module, as DistributedDataParallel and torch.compile need it, or faster."""
+        with self.autocast:
+            if self.forward is self.model:
+                return self.model.write_gradients(x, **settings)
+            loss: Loss = self.forward(x, **settings)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.loss.sum().backward()
+        return loss
+
     def __call__(self) -> None:
         config, step = self.config, self.step
         seed = step + self.key
         x = F.gather_batch(*self._rows(), transform=config.transform, seed=seed, example_offset=self.first)
-        with self.autocast:
-            loss, nll, kl = self.forward(x, seed=seed, example_offset=self.first, **self.objective())
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.sum().backward()
+        loss, nll, kl = self.write_gradients(x, seed=seed, example_offset=self.first, **self.objective())
         if config.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad_norm)
         for group in self.optimizer.param_groups:

@@ -131,7 +131,7 @@ class BatchStream:
         key: of the run's step 0; epoch e has the order `reference.permutation(key + e, N)`.
         batch_size: B, over all ranks.
         num_steps: where the run ends.
-        device: where `batch` is to be; on CUDA at one address, which a CUDA graph may read.
+        device: where `batch` is to be, at one address, which a graph may read.
         ranks: this rank takes its part of each batch.
 
     Use as a context manager, which ends the thread.
@@ -148,7 +148,6 @@ class BatchStream:
         self.index = torch.arange(shape[0], device=device)
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.thread: threading.Thread | None = None
-        self.in_use: _Slot | None = None
         self.empty: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
         self.full: queue.SimpleQueue[_Slot | BaseException] = queue.SimpleQueue()
         for _ in range(SLOTS):
@@ -174,9 +173,8 @@ class BatchStream:
         if isinstance(slot, BaseException):
             raise slot
         if self.copies is None:
-            if self.in_use is not None:
-                self.empty.put(self.in_use)
-            self.in_use, self.batch = slot, slot.host
+            self.batch.copy_(slot.host)
+            self.empty.put(slot)
         else:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(slot.arrived)

@@ -1,4 +1,4 @@
-"""The training step as a function of device state: nothing waits for the host, and a CUDA graph replays it."""
+"""The training step as a function of device state: nothing waits for the host, and a graph replays it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastvae.capture import WARM_UP, CapturedStep, captured
+from fastvae.capture import WARM_UP, CapturedStep, RecordedStep, captured
 from fastvae.config import TrainConfig
+from fastvae.cpu_graph import LARGEST_BYTES, CPUGraph
 from fastvae.step import TrainingStep, make_optimizer
 from fastvae.train import build_model
 
@@ -106,30 +107,86 @@ def test_the_mode_sees_what_it_is_for() -> None:
         x.to("meta")
 
 
-def test_the_choice_of_a_graph_says_why_not() -> None:
+def test_a_step_on_the_cpu_is_recorded_unless_it_cannot_be_or_must_not() -> None:
     step = make_step(CONFIG)
-    said: list[str] = []
-    assert captured(step, CONFIG, said.append) is step
-    assert said == []
+    assert isinstance(captured(step, CONFIG, print), RecordedStep)
+    for config in (dataclasses.replace(CONFIG, cuda_graph=False), dataclasses.replace(CONFIG, compile=True)):
+        assert captured(step, config, print) is step
+
+
+ON_THE_CPU = VARIANTS | {
+    "stl": dataclasses.replace(VARIANTS["iwae"], gradient="stl"),
+    "wake-sleep": dataclasses.replace(CONFIG, objective="wake-sleep", beta_warmup_steps=0),
+    "adagrad": dataclasses.replace(CONFIG, optimizer="adagrad"),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("variant", ON_THE_CPU)
+def test_replayed_steps_on_the_cpu_are_eager_steps_bit_for_bit(
+    variant: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTVAE_BACKEND", backend)
+    config = ON_THE_CPU[variant]
+    graph = RecordedStep(make_step(config))
+    assert_replays_are_eager_steps(graph, make_step(config), 40)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_100_replayed_steps_are_100_eager_steps_bit_for_bit(variant: str) -> None:
-    # learning rate and KL weight change at every step
     config = VARIANTS[variant]
-    eager, graph = make_step(config, "cuda"), CapturedStep(make_step(config, "cuda"), print)
-    for number in range(100):
+    graph = CapturedStep(make_step(config, "cuda"), print)
+    assert_replays_are_eager_steps(graph, make_step(config, "cuda"), 100)
+
+
+def assert_replays_are_eager_steps(graph: CapturedStep | RecordedStep, eager: TrainingStep, steps: int) -> None:
+    """Learning rate and KL weight change at every step, the order at every epoch."""
+    for number in range(steps):
         if number % 10 == 0:
             eager.start_epoch(number // 10)
             graph.step.start_epoch(number // 10)
         eager()
         graph()
     assert graph.graph is not None
-    assert int(graph.step.step) == int(eager.step) == 100
+    assert int(graph.step.step) == int(eager.step) == steps
     assert torch.equal(graph.step.metrics, eager.metrics)
     for a, b in zip(graph.step.model.parameters(), eager.model.parameters()):
         assert torch.equal(a, b)
+
+
+def test_a_step_that_cannot_be_replayed_is_taken_eagerly() -> None:
+    step = make_step(dataclasses.replace(CONFIG, free_bits=0.1))
+    step.model.encoder.register_forward_hook(lambda *_: step.metrics.sum().item() * 0 or None)
+    recorded = RecordedStep(step)
+    for _ in range(WARM_UP + 2):
+        recorded()
+    assert recorded.graph is None
+    assert int(step.step) == WARM_UP + 2
+
+
+def test_what_a_graph_of_the_cpu_refuses() -> None:
+    x = torch.ones(3)
+    for work, reason in (
+        (lambda: x.sum().item(), "_local_scalar_dense reads a value on the host"),
+        (lambda: torch.empty(LARGEST_BYTES + 1, dtype=torch.uint8), "empty makes a tensor of more than 4 MiB"),
+    ):
+        graph = CPUGraph()
+        with graph.record():
+            work()
+        assert reason in str(graph.refused)
+
+
+def test_a_graph_of_the_cpu_reads_what_is_there_when_it_is_replayed() -> None:
+    x, total = torch.ones(3), torch.zeros(())
+    graph = CPUGraph()
+    with graph.record():
+        low, high = torch.aminmax(x * 2)
+        total += low + high + x[1:].sum()
+    assert total == 6.0
+    x.copy_(torch.tensor([1.0, 2.0, 5.0]))
+    graph.replay()
+    assert total == 6.0 + (2.0 + 10.0 + 7.0)
 
 
 @pytest.mark.cuda

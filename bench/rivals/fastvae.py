@@ -14,6 +14,7 @@ import torch
 from bench.rivals import Work
 from bench.rivals._torch_model import wait
 from fastvae import functional as F
+from fastvae.capture import captured
 from fastvae.config import TrainConfig
 from fastvae.evaluate import evaluate
 from fastvae.step import TrainingStep, make_optimizer
@@ -50,13 +51,14 @@ class Provider:
         self.model = build_model(self.config, (self.train.shape[1],)).to(work.device)
         optimizer = make_optimizer(self.config, list(self.model.parameters()), len(self.train))
         self.step = TrainingStep(self.config, self.model, optimizer, self.train, MOST_STEPS)
+        self.take_step = captured(self.step, self.config, print)
         self.done = 0
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
             if self.done % self.step.steps_per_epoch == 0:
                 self.step.start_epoch(self.done // self.step.steps_per_epoch)
-            self.step()
+            self.take_step()
             self.done += 1
             if self.done % self.config.log_every == 0:
                 self.step.metrics.double().mean(0).tolist()
@@ -66,11 +68,12 @@ class Provider:
         return evaluate(self.model, self.test, transform=self.config.transform, seed=0).negative_elbo
 
     def breakdown(self) -> dict[str, float]:
-        """Seconds of one step by stage, each without the stages inside it; what is left over is `rest`."""
+        """Seconds of one eager step by stage, each without the stages inside it; what is left over is `rest`."""
+        self.take_step = self.step
         kernels, _ = F.choose_backend("bernoulli_nll", torch.zeros(1, 1))
         stages = [
             (F, "gather_batch", "data"),
-            (self.model, "forward", "forward"),
+            (self.model, "write_gradients", "forward"),
             (torch.Tensor, "backward", "backward"),
             (self.step.optimizer, "step", "optimiser"),
             *((kernels, name, stage) for name, stage in INNER.items() if kernels is not None),

@@ -13,6 +13,7 @@ from ._supports import supports
 
 if TYPE_CHECKING:
     from ._philox import philox_words
+    from ._record import recorded
     from .adam import adam_
     from .bernoulli_nll import bernoulli_nll_bwd, bernoulli_nll_fwd, bernoulli_nll_with_grad
     from .gather import gather_batch
@@ -42,6 +43,7 @@ __all__ = [
     "linear_bwd",
     "linear_fwd",
     "philox_words",
+    "recorded",
     "reparameterize_bwd",
     "reparameterize_fwd",
     "reparameterize_kl_bwd",
@@ -58,6 +60,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = {
         "philox_words": "_philox",
+        "recorded": "_record",
         "gather_batch": "gather",
         "scale_": "scale",
         "adam_": "adam",

@@ -9,6 +9,7 @@ from torch import Tensor
 from ._jit import kernel
 from ._layout import Plan
 from ._pointers import f32_at, f64_at
+from ._record import launch
 
 __all__ = ["ColumnSums", "row_sums", "row_totals"]
 
@@ -55,7 +56,7 @@ def row_sums(totals: Tensor, leading: torch.Size, plan: Plan) -> Tensor:
     if plan.across == 1:
         return totals if leading else totals.view(())
     sums = torch.empty(leading, dtype=torch.float32)
-    _sum_rows(totals.data_ptr(), sums.numel(), plan.across, sums.data_ptr())
+    launch(_sum_rows, totals.data_ptr(), sums.numel(), plan.across, sums.data_ptr())
     return sums
 
 
@@ -63,7 +64,7 @@ class ColumnSums:
     """Sums over the rows: each block of rows adds up its own in float64, then the blocks are added in order."""
 
     def __init__(self, plan: Plan) -> None:
-        self._partial = torch.zeros(max(1, plan.tiles // plan.across), plan.D, dtype=torch.float64)
+        self._partial = torch.empty(max(1, plan.tiles // plan.across), plan.D, dtype=torch.float64).zero_()
 
     @property
     def address(self) -> int:
@@ -73,11 +74,11 @@ class ColumnSums:
         """float32 `[D]`"""
         blocks, columns = self._partial.shape
         sums = torch.empty(columns, dtype=torch.float32)
-        _sum_columns(self._partial.data_ptr(), blocks, columns, sums.data_ptr())
+        launch(_sum_columns, self._partial.data_ptr(), blocks, columns, sums.data_ptr())
         return sums
 
     def total(self) -> Tensor:
         """float32 `[]`"""
         total = torch.empty((), dtype=torch.float32)
-        _sum_all(self._partial.data_ptr(), self._partial.numel(), total.data_ptr())
+        launch(_sum_all, self._partial.data_ptr(), self._partial.numel(), total.data_ptr())
         return total

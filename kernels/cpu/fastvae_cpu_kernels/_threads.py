@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ._layout import Plan
+from ._record import launch
 
 __all__ = ["run"]
 
@@ -113,6 +114,10 @@ _patience = _Patience()
 
 def run(kernel: Callable[..., None], plan: Plan, nanoseconds: float, *args: Any) -> None:
     """Calls `kernel(first_tile, last_tile, *args)` for all tiles; `nanoseconds` estimates the work on one thread."""
+    launch(_run, kernel, plan, nanoseconds, args)
+
+
+def _run(kernel: Callable[..., None], plan: Plan, nanoseconds: float, args: tuple[Any, ...]) -> None:
     threads = 1
     if nanoseconds > _WORTH_SHARING_NS:
         threads = min(torch.get_num_threads(), plan.tiles)

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from ._jit import kernel, loop
 from ._layout import PIECE, Plan
+from ._math import ONE
 from ._pieces import store_piece
 from ._pointers import f32_at, f32_scratch, i64_at
+from ._record import launch
 from ._threads import run
 
 __all__ = ["adam_"]
@@ -41,28 +43,28 @@ def _adam_piece(p: Any, g: Any, m: Any, v: Any, new_p: Any, new_m: Any, new_v: A
 def _adam_kernel(
     first_tile: int,
     last_tile: int,
-    table: int,  # int64 [tiles, 5]: where the parameters of a tile, their gradients, m and v are, and how many they are
+    table: int,  # int64 [tiles, 6]: where a tile's parameters, their gradients, m, v and t are, and how many they are
+    lr: int,  # float32 [1]
     decay: float,
     beta1: float,
     beta2: float,
-    step_size: float,  # lr / (1 - beta1^t)
-    root: float,  # 1 / sqrt(1 - beta2^t)
     eps: float,
 ) -> None:
-    constants = (
-        np.float32(decay),
-        np.float32(1.0 - beta1),
-        np.float32(beta2),
-        np.float32(1.0 - beta2),
-        np.float32(step_size),
-        np.float32(root),
-        np.float32(eps),
-    )
     new_p, new_m, new_v = f32_scratch(512), f32_scratch(512), f32_scratch(512)
     for tile in range(first_tile, last_tile):
-        row = i64_at(table + 40 * tile)
-        for i in range(0, row[4], PIECE):
-            count = min(PIECE, row[4] - i)
+        row = i64_at(table + 48 * tile)
+        t = np.float64(f32_at(row[4])[0])
+        constants = (
+            np.float32(decay),
+            np.float32(1.0 - beta1),
+            np.float32(beta2),
+            np.float32(1.0 - beta2),
+            np.float32(np.float64(f32_at(lr)[0]) / (1.0 - beta1**t)),
+            np.float32((1.0 - beta2**t) ** -0.5),
+            np.float32(eps),
+        )
+        for i in range(0, row[5], PIECE):
+            count = min(PIECE, row[5] - i)
             p, g, m, v = row[0] + 4 * i, row[1] + 4 * i, row[2] + 4 * i, row[3] + 4 * i
             _adam_piece(f32_at(p), f32_at(g), f32_at(m), f32_at(v), new_p, new_m, new_v, count, constants)
             store_piece(new_p, f32_at(p), count)
@@ -70,15 +72,24 @@ def _adam_kernel(
             store_piece(new_v, f32_at(v), count)
 
 
+@kernel
+def _count_step(
+    steps: int,  # int64 [parameters]: where the step counter of each is
+    parameters: int,
+) -> None:
+    for i in range(parameters):
+        f32_at(i64_at(steps)[i])[0] += ONE
+
+
 @functools.lru_cache(64)
-def _table(places: tuple[tuple[int, int, int, int, int], ...]) -> Tensor:
-    """The tiles of all parameters; from step to step only the gradients move, and mostly not even they."""
+def _tables(places: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
+    """The tiles of all parameters, and their counters; from step to step mostly nothing of it moves."""
     rows = [
-        [*(address + 4 * first for address in addresses), min(_TILE, elements - first)]
-        for *addresses, elements in places
+        [*(address + 4 * first for address in addresses), step, min(_TILE, elements - first)]
+        for *addresses, step, elements in places
         for first in range(0, elements, _TILE)
     ]
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor(rows, dtype=torch.int64), torch.tensor([step for *_, step, _ in places], dtype=torch.int64)
 
 
 def adam_(
@@ -86,31 +97,28 @@ def adam_(
     gradients: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    step: int,
-    lr: float,
+    steps: Sequence[Tensor],
+    lr: Tensor,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Step number `step` (from 1) in place; all tensors float32 and dense, the four of a parameter laid out alike."""
-    beta1, beta2 = betas
-    table = _table(
-        tuple(
-            (p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), p.numel())
-            for p, g, m, v in zip(parameters, gradients, exp_avgs, exp_avg_sqs)
-        )
+    """One step in place; all tensors float32 and dense, the first four of a parameter laid out alike.
+
+    `steps`, one counter `[]` per parameter, go up by one; they and `lr` `[]` are read where they are.
+    """
+    places = tuple(
+        (p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), t.data_ptr(), p.numel())
+        for p, g, m, v, t in zip(parameters, gradients, exp_avgs, exp_avg_sqs, steps)
     )
+    tables = _tables(places)
+    launch(_take_step, *tables, gradients, sum(place[-1] for place in places), lr, weight_decay, *betas, eps)
+
+
+def _take_step(
+    table: Tensor, counters: Tensor, _: Sequence[Tensor], elements: int, lr: Tensor, *constants: float
+) -> None:
     tiles = len(table)
-    total = sum(p.numel() for p in parameters)
-    run(
-        _adam_kernel,
-        Plan(torch.Size(()), 1, 1, total, tiles, 1, _TILE, tiles),
-        _NS_PER_ELEMENT * total,
-        table.data_ptr(),
-        weight_decay,
-        beta1,
-        beta2,
-        lr / (1.0 - beta1**step),
-        (1.0 - beta2**step) ** -0.5,
-        eps,
-    )
+    _count_step(counters.data_ptr(), len(counters))
+    grid = Plan(torch.Size(()), 1, 1, elements, tiles, 1, _TILE, tiles)
+    run(_adam_kernel, grid, _NS_PER_ELEMENT * elements, table.data_ptr(), lr.data_ptr(), *constants)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ._data import binarize_piece, data_kind, load_piece
@@ -17,6 +18,7 @@ from ._layout import PIECE, plan
 from ._philox import draw_uniforms, fill_counters, to_words
 from ._pieces import store_piece
 from ._pointers import f32_at, f32_scratch, i64_at, u8_at, u32_scratch
+from ._record import launch
 from ._threads import run
 
 __all__ = ["gather_batch"]
@@ -101,7 +103,7 @@ def gather_batch(
     N = data.shape[0]
     grid = plan(torch.Size((index.numel(), data.shape[1])))
     out = torch.empty(grid.B, grid.D, dtype=torch.float32)
-    invalid = torch.zeros(1, dtype=torch.int64)
+    invalid = torch.empty(1, dtype=torch.int64).zero_()
     run(
         _gather_kernel,
         grid,
@@ -119,6 +121,10 @@ def gather_batch(
         *grid.sizes,
         example_offset,
     )
-    if invalid.item():
+    launch(_check_index, invalid.numpy(), index, N)
+    return out if dtype == torch.float32 else out.to(dtype)
+
+
+def _check_index(invalid: NDArray[np.int64], index: Tensor, N: int) -> None:
+    if invalid[0]:
         raise IndexError(f"expected indices into {N} examples, got {int(index.min())} to {int(index.max())}")
-    return out.to(dtype)
