@@ -7,7 +7,7 @@ driver says that its device is the wanted one, and every launch becomes a `warmu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-__all__ = ["TARGETS", "HostOp", "Launch", "recording", "unique_bytes"]
+__all__ = ["TARGETS", "HostOp", "Launch", "multi_tensor_launches", "recording", "unique_bytes"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -42,10 +42,11 @@ class Launch(NamedTuple):
 
 
 class HostOp(NamedTuple):
-    """A PyTorch operator that would launch a kernel of its own."""
+    """A PyTorch operator that would launch kernels of its own: one, but for those over lists of tensors."""
 
     name: str
     bytes: int
+    launches: int = 1
 
 
 @dataclass
@@ -70,8 +71,65 @@ def unique_bytes(tensor: Tensor) -> int:
     return tensor.element_size() * math.prod(n for n, s in zip(tensor.shape, tensor.stride()) if s)
 
 
+def _moved(func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> int:
+    """Bytes that an operator reads and writes: what it only overwrites is not read, of a table only chosen rows are."""
+    name = func._schema.name.removeprefix("aten::")
+    read, written = 0, 0
+    given: set[int] = set()
+    for i, argument in enumerate(func._schema.arguments):
+        value = args[i] if i < len(args) else kwargs.get(argument.name)
+        tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+        given.update(map(id, tensors))
+        size = sum(map(unique_bytes, tensors))
+        # the gradients are marked as written for the sake of a scaler, which there is not
+        is_written = argument.alias_info is not None and argument.alias_info.is_write and argument.name != "grads"
+        written += size if is_written else 0
+        read += 0 if is_written and (argument.is_out or name in ("copy_", "fill_", "zero_", "_foreach_copy_")) else size
+    # a view of what was written, or the same tensor
+    storages = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+    written += sum(
+        unique_bytes(t) for t in made if id(t) not in given and t.untyped_storage().data_ptr() not in storages
+    )
+    if name.startswith("new_") or name.endswith("_like"):
+        read = 0
+    elif name == "index_select":
+        read = written + unique_bytes(args[2])
+    elif name == "index_copy_":
+        read, written = unique_bytes(args[2]) + unique_bytes(args[3]), unique_bytes(args[3])
+    return read + written
+
+
+# torch's multi_tensor_apply: how many tensors one launch takes, by the lists that it walks together; all in chunks
+_LISTED, _BLOCKS, _CHUNK = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}, 320, 65536
+
+
+def multi_tensor_launches(sizes: Sequence[int], lists: int) -> int:
+    """Launches of a `_foreach_` or `_fused_` operator on CUDA, for `lists` lists of tensors of `sizes` elements."""
+    launches = tensors = blocks = 0
+    for size in sizes:
+        tensors += 1 if size else 0
+        chunks = -(-size // _CHUNK)
+        for chunk in range(1, chunks + 1):
+            blocks += 1
+            full = tensors == _LISTED[lists] and chunk == chunks
+            if full or blocks == _BLOCKS:
+                launches, blocks = launches + 1, 0
+                # a tensor with chunks left stays in the next launch
+                tensors = 0 if chunk == chunks else 1
+    return launches + (blocks > 0)
+
+
+def _launches(func: Any, args: Any) -> int:
+    name = func._schema.name.removeprefix("aten::")
+    if not name.startswith(("_foreach_", "_fused_")):
+        return 1
+    lists = [value for value, argument in zip(args, func._schema.arguments) if argument.name != "state_steps"]
+    lists = [value for value in lists if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor)]
+    return multi_tensor_launches([t.numel() for t in lists[0]], len(lists))
+
+
 class _HostOps(TorchDispatchMode):
-    def __init__(self, record: list[Launch | HostOp]) -> None:
+    def __init__(self, record: list[Any]) -> None:
         super().__init__()
         self.record = record
 
@@ -82,7 +140,8 @@ class _HostOps(TorchDispatchMode):
         storages = {t.untyped_storage().data_ptr() for t in given}
         is_view = all(t.untyped_storage().data_ptr() in storages for t in made) and not func._schema.is_mutable
         if not is_view and "empty" not in func._schema.name:
-            self.record.append(HostOp(func._schema.name, sum(map(unique_bytes, given + made))))
+            moved = _moved(func, args, kwargs or {}, made)
+            self.record.append(HostOp(func._schema.name, moved, _launches(func, args)))
         return result
 
 

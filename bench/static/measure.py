@@ -20,7 +20,7 @@ from bench.static.machine import Code, access_bits, disassemble, widths_by_argum
 from bench.static.traffic import Loop, Traffic, evaluate
 from bench.static.ttir import parse
 
-__all__ = ["Argument", "Kernel", "Result", "measure"]
+__all__ = ["Argument", "Kernel", "Result", "Traffics", "measure"]
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Result:
 
     @property
     def launches(self) -> int:
-        return len(self.kernels) + len(self.host_ops)
+        return len(self.kernels) + sum(op.launches for op in self.host_ops)
 
     @property
     def bytes(self) -> int:
@@ -123,10 +123,11 @@ def _executions(code: Code, traffic: Traffic, programs: int) -> list[int]:
 _code = functools.lru_cache(maxsize=256)(disassemble)
 
 
-class _Traffics(dict[object, Traffic]):
+class Traffics(dict[object, Traffic]):
     """Traffic by what determines it: the same launch on another architecture moves the same bytes."""
 
     def of(self, launch: Launch, values: dict[str, Any]) -> Traffic:
+        """The launch's traffic, given the arguments that are no constants, in order."""
         text = launch.compiled.asm["ttir"]
         key = (text, launch.programs, *(tuple(v.stride()) if isinstance(v, Tensor) else v for v in values.values()))
         if key not in self:
@@ -139,7 +140,7 @@ class _Traffics(dict[object, Traffic]):
         return self[key]
 
 
-def _kernel(launch: Launch, traffics: _Traffics) -> Kernel:
+def _kernel(launch: Launch, traffics: Traffics) -> Kernel:
     compiled, metadata = launch.compiled, launch.compiled.metadata
     names = [name for name, kind in compiled.src.signature.items() if kind != "constexpr"]
     traffic = traffics.of(launch, {name: launch.arguments[name] for name in names})
@@ -182,7 +183,7 @@ def measure(case: Case, kernels: ModuleType, architectures: Sequence[str]) -> li
         ValueError: a kernel does something that the counting does not follow; the message says what.
     """
     results = []
-    traffics = _Traffics()
+    traffics = Traffics()
     arguments = case.arguments()
     given = {id(t): t for t in tree_leaves(arguments) if isinstance(t, Tensor)}
     for architecture in architectures:
