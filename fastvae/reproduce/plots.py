@@ -24,10 +24,11 @@ def bounds_figure(panels: Mapping[str, Mapping[str, Points]], label: str, limits
     """Train and test values against the number of training examples, on a logarithmic axis, a panel per setting.
 
     Args:
-        panels: by title, then by method: `examples`, `train` and `test` of each point.
+        panels: by title, then by method: `examples`, `train` and `test` of each point. One without any is left out.
         label: of the vertical axis.
         limits: of the vertical axis, as the paper has them; a curve that lies wholly outside moves them.
     """
+    panels = {title: methods for title, methods in panels.items() if any(methods.values())} or panels
     figure = Figure(figsize=(1240 / 150, 3.3), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     values = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -23,6 +24,7 @@ __all__ = [
     "float_of",
     "i64_at",
     "nearest",
+    "prefetch",
     "shifted",
     "u8_at",
     "u32_scratch",
@@ -74,6 +76,22 @@ def _shifted(typing_context: Any, pointer: types.Type, count: types.Type) -> Any
 
 # shifted(pointer, count): the pointer to element `count`
 shifted: Any = _shifted
+
+
+@intrinsic
+def _prefetch(typing_context: Any, address: types.Type) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function_type = ir.FunctionType(ir.VoidType(), [pointer, flag, flag, flag])
+        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+        # to be read, kept close, as data
+        builder.call(function, [builder.inttoptr(args[0], pointer), flag(0), flag(3), flag(1)])
+
+    return types.void(types.int64), codegen
+
+
+# prefetch(address): its cache line will be read soon; any address will do
+prefetch: Any = _prefetch
 
 
 def _float_intrinsic(result: types.Type, argument: types.Type, emit: Callable[[Any, Any, Any], Any]) -> Any:

@@ -17,7 +17,7 @@ from ._jit import kernel, routine
 from ._layout import PIECE, plan
 from ._philox import draw_uniforms, fill_counters, to_words
 from ._pieces import store_piece
-from ._pointers import f32_at, f32_scratch, i64_at, u8_at, u32_scratch
+from ._pointers import f32_at, f32_scratch, i64_at, prefetch, u8_at, u32_scratch
 from ._record import launch
 from ._threads import run
 
@@ -27,6 +27,8 @@ _NS_PER_ELEMENT, _NS_PER_DRAW = 0.3, 1.5
 SCALE, BINARIZE, DEQUANTIZE = range(3)
 _TRANSFORMS = {"scale": SCALE, "binarize": BINARIZE, "dequantize": DEQUANTIZE}
 STREAM_DEQUANTIZE = 2
+# rows lie anywhere in memory: the processor is told of them a few rows before they are needed
+AHEAD, PREFETCHED_BYTES = 6, 1024
 TWO_TO_MINUS_8 = np.float32(2.0**-8)
 
 
@@ -75,6 +77,9 @@ def _gather_kernel(
             if n < 0 or n >= N:
                 i64_at(invalid)[0] = np.int64(1)
                 continue
+            ahead = i64_at(index + min(b + AHEAD, B - 1) * index_bytes)[0]
+            for line in range(0, min(row_bytes, PREFETCHED_BYTES), 64):
+                prefetch(data + row_bytes * ahead + line)
             row = data + row_bytes * n
             for d in range(part * width, end, PIECE):
                 count = min(PIECE, end - d)
