@@ -19,6 +19,11 @@ __all__ = ["initialize"]
 
 VARIANCE = 0.01
 
+MEAN_BYTES = 2**28
+"""The mean image is that of about so much data (MNIST is less): a mapped file may be larger than memory."""
+
+BLOCK_BYTES = 2**20
+
 
 @torch.no_grad()
 def initialize(model: VAE, init: str, data: Tensor) -> None:
@@ -40,8 +45,13 @@ def initialize(model: VAE, init: str, data: Tensor) -> None:
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        mean = sum(part.double().sum(0) for part in data.split(10_000)) / len(data)
-        mean = mean / 255.0 if data.dtype == torch.uint8 else mean
-        decoder.head.bias.copy_(torch.logit(mean, eps=0.001))
+        decoder.head.bias.copy_(torch.logit(_mean_image(data), eps=0.001))
     else:
         raise FastvaeError(f"unknown initialisation {init!r}, expected torch, normal or glorot")
+
+
+def _mean_image(data: Tensor) -> Tensor:
+    """Float64 `[D]`: the mean of all examples, or of evenly spaced blocks of them that make up `MEAN_BYTES`."""
+    blocks = data.split(max(1, BLOCK_BYTES * len(data) // data.nbytes))[:: -(-data.nbytes // MEAN_BYTES)]
+    mean = torch.stack([block.double().sum(0) for block in blocks]).sum(0) / sum(len(block) for block in blocks)
+    return mean / 255.0 if data.dtype == torch.uint8 else mean

@@ -1,8 +1,7 @@
-"""The variational autoencoder and its encoders and decoders.
+"""The variational autoencoder.
 
 The model of the paper (Kingma & Welling 2013, Appendix C): q(z|x) = N(mu(x), sigma^2(x)), prior N(0, I), p(x|z)
-Bernoulli or Gaussian, MLPs h = ReLU(W1 x + b1), mu = W2 h + b2, log sigma^2 = W3 h + b3; and a convolutional pair for
-images.
+Bernoulli or Gaussian, with encoders and decoders of `fastvae.networks` or others.
 
 Any `nn.Module` that maps data `[B, D]` to `[B, 2 L]` (mu, then logvar) is an encoder, any that maps latents `[..., L]`
 to the parameters of a likelihood `[..., outputs_per_element * D]` is a decoder: `VAE(encoder, decoder, likelihood)`.
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +21,7 @@ from fastvae import objectives
 from fastvae._checks import draw_seed
 from fastvae._mlp_loss import mlp_loss
 from fastvae.errors import FastvaeError
+from fastvae.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
 from fastvae.nn import BernoulliLikelihood, Likelihood, likelihood_from_config
 from fastvae.wake_sleep import wake_sleep
 
@@ -30,123 +29,6 @@ __all__ = ["VAE", "ConvDecoder", "ConvEncoder", "Loss", "MLPDecoder", "MLPEncode
 
 FUSED = {"objective": "elbo", "num_samples": 1, "kl_estimator": "analytic", "free_bits": 0.0}
 """Settings of the loss that `fastvae._mlp_loss` makes."""
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
-
-
-def _mlp(widths: Sequence[int], activation: str) -> nn.Sequential:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    layers = [(nn.Linear(i, o), ACTIVATIONS[activation]()) for i, o in pairwise(widths)]
-    return nn.Sequential(*(module for pair in layers for module in pair))
-
-
-class MLPEncoder(nn.Module):
-    """`[..., D]` -> `[..., 2 L]`; mu and logvar come from one matrix product."""
-
-    def __init__(self, data_dim: int, hidden: Sequence[int], latent_dim: int, activation: str = "relu") -> None:
-        super().__init__()
-        self.activation = activation
-        self.body = _mlp([data_dim, *hidden], activation)
-        self.head = nn.Linear([data_dim, *hidden][-1], 2 * latent_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.body(x))
-        return out
-
-    def layers(self) -> list[tuple[Tensor, Tensor]]:
-        return _layers(self.body, self.head)
-
-
-class MLPDecoder(nn.Module):
-    """`[..., L]` -> `[..., outputs]`. In training the output layer `head` is fused with the likelihood."""
-
-    def __init__(self, latent_dim: int, hidden: Sequence[int], outputs: int, activation: str = "relu") -> None:
-        super().__init__()
-        self.activation = activation
-        self.body = _mlp([latent_dim, *hidden], activation)
-        self.head = nn.Linear([latent_dim, *hidden][-1], outputs)
-
-    def forward(self, z: Tensor) -> Tensor:
-        out: Tensor = self.head(self.body(z))
-        return out
-
-    def layers(self) -> list[tuple[Tensor, Tensor]]:
-        return _layers(self.body, self.head)
-
-
-def _layers(body: nn.Sequential, head: nn.Linear) -> list[tuple[Tensor, Tensor]]:
-    """Weight and bias of every linear layer, in order."""
-    return [(layer.weight, layer.bias) for layer in [*body, head] if isinstance(layer, nn.Linear)]
-
-
-def _halved(size: int) -> int:
-    return (size + 1) // 2
-
-
-class ConvEncoder(nn.Module):
-    """`[..., C H W]` -> `[..., 2 L]`: convolutions that halve the image, then one linear layer."""
-
-    def __init__(
-        self, image_shape: Sequence[int], channels: Sequence[int], latent_dim: int, activation: str = "relu"
-    ) -> None:
-        super().__init__()
-        self.image_shape = _channels_first(image_shape)
-        c, h, w = self.image_shape
-        layers: list[nn.Module] = []
-        for c_in, c_out in pairwise([c, *channels]):
-            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), ACTIVATIONS[activation]()]
-            h, w = _halved(h), _halved(w)
-        self.body = nn.Sequential(*layers, nn.Flatten())
-        self.head = nn.Linear([c, *channels][-1] * h * w, 2 * latent_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.body(x.reshape(-1, *self.image_shape)))
-        return out.unflatten(0, x.shape[:-1])
-
-
-class ConvDecoder(nn.Module):
-    """`[..., L]` -> `[..., outputs_per_element C H W]`: the mirror of `ConvEncoder`."""
-
-    def __init__(
-        self,
-        latent_dim: int,
-        channels: Sequence[int],
-        image_shape: Sequence[int],
-        outputs_per_element: int = 1,
-        activation: str = "relu",
-    ) -> None:
-        super().__init__()
-        c, h, w = _channels_first(image_shape)
-        sizes = [(h, w)]
-        for _ in channels:
-            sizes.append((_halved(sizes[-1][0]), _halved(sizes[-1][1])))
-        wide = [*reversed(channels)]
-        self.body = nn.Sequential(
-            nn.Linear(latent_dim, (wide[0] if wide else c) * math.prod(sizes[-1])), ACTIVATIONS[activation]()
-        )
-        self.small_shape = ((wide[0] if wide else c), *sizes[-1])
-        layers: list[nn.Module] = []
-        for i, (c_in, c_out) in enumerate(pairwise([*wide, c * outputs_per_element])):
-            (h_in, w_in), (h_out, w_out) = sizes[-1 - i], sizes[-2 - i]
-            # a stride of 2 gives 2 n - 1 pixels; the output padding makes up for even sizes
-            padding = (h_out - (2 * h_in - 1), w_out - (2 * w_in - 1))
-            layers += [nn.ConvTranspose2d(c_in, c_out, 3, stride=2, padding=1, output_padding=padding)]
-            layers += [ACTIVATIONS[activation]()]
-        self.deconvolutions = nn.Sequential(*layers[:-1])
-
-    def forward(self, z: Tensor) -> Tensor:
-        small = self.body(z.reshape(-1, z.shape[-1])).unflatten(-1, self.small_shape)
-        return self.deconvolutions(small).flatten(1).unflatten(0, z.shape[:-1])
-
-
-def _channels_first(image_shape: Sequence[int]) -> tuple[int, int, int]:
-    shape = tuple(image_shape) if len(image_shape) == 3 else (1, *image_shape)
-    if len(shape) != 3:
-        raise FastvaeError(
-            f"a convolutional model needs images [H, W] or [C, H, W], got examples of {list(image_shape)}"
-        )
-    return shape
 
 
 def _check_latent_dim(latent_dim: int) -> None:
@@ -341,13 +223,13 @@ class VAE(nn.Module):
 
     def nll(self, z: Tensor, x: Tensor) -> Tensor:
         """-log p(x|z) `[..., B]` in nats, for z `[..., B, L]` and x `[B, D]`; an MLP decoder's output is not kept."""
-        if isinstance(self.decoder, MLPDecoder):
+        if isinstance(self.decoder, MLPDecoder) and self.decoder.has_plain_head():
             return self.likelihood.linear_nll(self.decoder.body(z), self.decoder.head, x)
         return self.likelihood.nll(self.decode(z), x)
 
     def decoder_loss(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over the batch of -log p(x|z), made for training, and its terms `[B]`, which carry no gradient."""
-        if isinstance(self.decoder, MLPDecoder):
+        if isinstance(self.decoder, MLPDecoder) and self.decoder.has_plain_head():
             return self.likelihood.linear_loss(self.decoder.body(z), self.decoder.head, x)
         return self.likelihood.loss(self.decode(z), x)
 
@@ -356,14 +238,17 @@ class VAE(nn.Module):
     ) -> Loss | None:
         """The loss as one Function, of the paper's model; None for every other model, or where it cannot be used."""
         encoder, decoder = self.encoder, self.decoder
-        if not (type(encoder) is MLPEncoder and type(decoder) is MLPDecoder):
+        if not (isinstance(encoder, MLPEncoder) and isinstance(decoder, MLPDecoder)):
             return None
-        if type(self.likelihood) is not BernoulliLikelihood:
+        if type(self.likelihood) is not BernoulliLikelihood or encoder.activation != decoder.activation:
+            return None
+        encoder_layers, decoder_layers = encoder.layers(), decoder.layers()
+        if encoder_layers is None or decoder_layers is None:
             return None
         fused = mlp_loss(
             x,
-            encoder.layers(),
-            decoder.layers(),
+            encoder_layers,
+            decoder_layers,
             activation=encoder.activation,
             seed=seed,
             beta=beta,

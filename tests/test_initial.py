@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from fastvae import initial
 from fastvae.config import TrainConfig
 from fastvae.errors import FastvaeError
 from fastvae.initial import initialize
@@ -47,6 +48,16 @@ def test_glorot_begins_at_the_mean_image(dtype: torch.dtype) -> None:
             bound = math.sqrt(6 / sum(layer.weight.shape))
             assert 0.9 * bound < float(layer.weight.detach().abs().max()) <= bound
             assert layer is decoder.head or not layer.bias.any()
+
+
+def test_the_mean_image_of_much_data_is_that_of_blocks_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = data()
+    torch.testing.assert_close(initial._mean_image(x), x.double().mean(0) / 255)
+    # blocks of 10 examples; room for 120, so that it is every fifth
+    monkeypatch.setattr(initial, "BLOCK_BYTES", 10 * 30)
+    monkeypatch.setattr(initial, "MEAN_BYTES", 120 * 30)
+    chosen = x.unflatten(0, (60, 10))[::5]
+    torch.testing.assert_close(initial._mean_image(x), chosen.flatten(0, 1).double().mean(0) / 255)
 
 
 def test_what_it_does_not_fit_is_refused() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrize, prune
 
 from fastvae import _mlp_loss
-from fastvae.models import VAE
+from fastvae.models import VAE, MLPDecoder
 from tests.op_checks import BACKENDS, INTERPRETED, assert_accurate, device_of, load_backend, randn
 
 SEED, BETA, EXAMPLE_OFFSET = -5, 0.7, 3
@@ -110,6 +114,69 @@ def test_what_it_is_not_for_takes_the_layers_one_by_one() -> None:
     assert not fused()
     own = VAE(nn.Linear(13, 6), nn.Linear(3, 13), vae.likelihood, data_shape=(13,), latent_dim=3)
     assert not fused(vae=own)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.0 * x
+
+
+class Skipping(MLPDecoder):
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(z) + z.sum(-1, keepdim=True)
+
+
+def own_forward(module: nn.Module, note: Callable[..., None]) -> None:
+    plain = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        note()
+        return plain(x)
+
+    module.forward = forward
+
+
+# what users do to the parts of a model; `note` is to be called whenever a module is
+CHANGES: dict[str, Callable[[VAE, Callable[..., None]], object]] = {
+    "forward hook, encoder": lambda vae, note: vae.encoder.register_forward_hook(note),
+    "forward hook, decoder": lambda vae, note: vae.decoder.register_forward_hook(note),
+    "forward hook, hidden layers": lambda vae, note: vae.decoder.body.register_forward_hook(note),
+    "forward hook, activation": lambda vae, note: vae.encoder.body[1].register_forward_hook(note),
+    "forward hook, every module": lambda vae, note: register_module_forward_hook(note),
+    "pre-hook": lambda vae, note: vae.decoder.body[0].register_forward_pre_hook(note),
+    "backward hook": lambda vae, note: vae.decoder.head.register_full_backward_hook(note),
+    "backward pre-hook": lambda vae, note: vae.encoder.head.register_full_backward_pre_hook(note),
+    "forward of its own": lambda vae, note: own_forward(vae.decoder.head, note),
+    "parametrization": lambda vae, note: parametrize.register_parametrization(vae.decoder.head, "weight", Doubled()),
+    "pruning": lambda vae, note: prune.random_unstructured(vae.encoder.head, "weight", amount=4),
+    "another activation": lambda vae, note: vae.encoder.body.__setitem__(1, nn.GELU()),
+    "a layer more": lambda vae, note: vae.decoder.body.append(Doubled()),
+    "no bias": lambda vae, note: setattr(vae.encoder, "head", nn.Linear(9, 6, bias=False)),
+    "two activations": lambda vae, note: setattr(vae, "decoder", MLPDecoder(3, (9,), 13, "tanh")),
+    "subclass": lambda vae, note: setattr(vae, "decoder", Skipping(3, (9,), 13)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_parts_that_do_more_than_their_weights_are_called(change: str) -> None:
+    vae, x, seed = make((9,), "relu", "numba")
+    noted: list[str] = []
+    handle = CHANGES[change](vae, lambda *_: noted.append(change))
+    # modules of another kind are always called
+    called = VAE(nn.Sequential(vae.encoder), nn.Sequential(vae.decoder), vae.likelihood, data_shape=(13,), latent_dim=3)
+    results = []
+    try:
+        for model in (vae, called):
+            noted.clear()
+            loss = model(x, seed=seed).loss
+            assert type(loss.grad_fn).__name__ != "_MLPLossBackward"
+            nll = model.nll(model.encode(x)[0], x)
+            results.append((loss, nll, gradients(loss + nll.sum(), list(vae.parameters())), bool(noted)))
+    finally:
+        if change == "forward hook, every module":
+            handle.remove()
+    torch.testing.assert_close(results[0][:3], results[1][:3])
+    assert results[0][3] == results[1][3] == ("hook" in change or "forward" in change)
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "tanh"])

@@ -14,11 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fastvae import _mlp_loss
 from fastvae.config import TrainConfig
-from fastvae.distributed import ALONE, Ranks, torchrun_job
+from fastvae.distributed import ALONE, Ranks, Replica, torchrun_job
 from fastvae.errors import FastvaeError
 from fastvae.run import Run
-from fastvae.train import check_fits, load_dataset, pick_device
+from fastvae.step import TrainingStep, make_optimizer
+from fastvae.train import build_model, check_fits, load_dataset, pick_device
 from tests.runs import ARGUMENTS, assert_same, children, final, kill, start, wait_for, when_saved
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
@@ -26,9 +28,10 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without t
 TWO = "--standalone --nproc-per-node=2"
 
 
-def test_two_ranks_are_one_up_to_rounding(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", ["", "--free-bits 0.05 --clip-grad-norm 1"], ids=["fused loss", "free bits"])
+def test_two_ranks_are_one_up_to_rounding(settings: str, tmp_path: Path) -> None:
     """Weights to 1e-6 and logged numbers to 2e-6 of their value, after 112 steps (measured: 1e-7 and 1e-7)."""
-    arguments = [*ARGUMENTS, "--epochs", "8", "--free-bits", "0.05", "--clip-grad-norm", "1"]
+    arguments = [*ARGUMENTS, "--epochs", "8", *settings.split()]
     processes = [start("train", *arguments, "--out", str(tmp_path / "one"))]
     processes += [start("train", *arguments, "--out", str(tmp_path / "two"), torchrun=TWO, log=tmp_path / "log")]
     assert [process.wait() for process in processes] == [0, 0], (tmp_path / "log").read_text()
@@ -42,6 +45,34 @@ def test_two_ranks_are_one_up_to_rounding(tmp_path: Path) -> None:
     # what only one process may have written
     assert not (tmp_path / "two" / "job").exists()
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == sorted(p.name for p in (tmp_path / "two").iterdir())
+
+
+def test_the_fused_loss_is_taken_by_ranks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank under DistributedDataParallel: as many fused losses as steps, bit for bit the weights of none."""
+    fused, taken = _mlp_loss._nll_kl_gradients, []
+    monkeypatch.setattr(_mlp_loss, "_nll_kl_gradients", lambda *args: taken.append(1) or fused(*args))
+    config = TrainConfig(hidden=(16,), latent_dim=3, batch_size=32)
+    data = torch.randint(0, 256, (320, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def trained(distributed: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = build_model(config, (8, 8))
+        step = TrainingStep(config, model, make_optimizer(config, list(model.parameters()), len(data)), data, 50)
+        if distributed:
+            step.replica = Replica(model, ALONE)
+            step.forward = step.replica.distributed(torch.zeros(32, 64), **step.objective())
+        taken.clear()
+        for number in range(20):
+            step.prepare(number)
+            step()
+        assert len(taken) == 20
+        return [*model.state_dict().values(), step.metrics]
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(trained(False), trained(True)))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_what_does_not_fit_the_ranks_is_said() -> None:
