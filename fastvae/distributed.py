@@ -11,19 +11,24 @@ acts on it, because a rank that left alone would leave the others waiting for it
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastvae.errors import FastvaeError, RankLost, Stopped, one_line
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 __all__ = ["ALONE", "Meetings", "Ranks", "Replica", "join", "torchrun_job"]
 
@@ -128,9 +133,13 @@ def join() -> Iterator[Ranks]:
     if size == 1:
         yield ALONE
         return
+    from torch.distributed.rendezvous import rendezvous
+
     # what ranks tell each other goes through host memory, gradients on a GPU through NCCL
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    ranks = Ranks(dist.get_rank(), size, int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store, rank, size = next(rendezvous("env://"))
+    dist.init_process_group(backend, store=_met(store, rank, size), rank=rank, world_size=size)
+    ranks = Ranks(rank, size, int(os.environ["LOCAL_RANK"]))
     stopped = None
     try:
         try:
@@ -148,6 +157,24 @@ def join() -> Iterator[Ranks]:
         dist.destroy_process_group()
     if stopped is not None:
         raise stopped
+
+
+def _met(store: Store, rank: int, size: int) -> Store:
+    """The part of `store` that this start of all ranks has to itself; returns when all of them are there.
+
+    torchrun keeps one store through all its restarts: the first rank to come back would find the addresses that the
+    others had before, and wait in vain. Each rank says a word that is new, and what words it sees of the others. What
+    equals a list with the own word in it was said in this start, and once all say the same list nobody waits for more.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    store.set(f"here/{rank}", secrets.token_hex(8))
+    while True:
+        words = b" ".join(store.multi_get([f"here/{other}" for other in range(size)])).decode()
+        store.set(f"seen/{rank}", words)
+        if all(seen.decode() == words for seen in store.multi_get([f"seen/{other}" for other in range(size)])):
+            return PrefixStore(hashlib.sha256(words.encode()).hexdigest(), store)
+        time.sleep(0.02)
 
 
 class Meetings:

@@ -8,6 +8,8 @@ import random
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ import torch.distributed as dist
 
 from fastvae import _mlp_loss
 from fastvae.config import TrainConfig
-from fastvae.distributed import ALONE, Ranks, Replica, torchrun_job
+from fastvae.distributed import ALONE, Ranks, Replica, _met, torchrun_job
 from fastvae.errors import FastvaeError
 from fastvae.run import Run
 from fastvae.step import TrainingStep, make_optimizer
@@ -120,6 +122,20 @@ def test_what_a_job_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert torchrun_job() not in (None, "none")
     assert torchrun_job() == torchrun_job()
+
+
+def test_ranks_that_start_again_do_not_meet_those_of_before() -> None:
+    """Neither a rank that comes first nor one that comes last takes the words of an earlier start for the others'."""
+    store = dist.HashStore()
+    for first in (None, 0, 2, 1):
+        with ThreadPoolExecutor() as threads:
+            early = [threads.submit(_met, store, rank, 3) for rank in range(3) if rank == first]
+            time.sleep(0.1)
+            assert not any(met.done() for met in early)
+            late = [threads.submit(_met, store, rank, 3) for rank in range(3) if rank != first]
+            stores = [met.result(timeout=60) for met in early + late]
+        # they share what those of before have never had
+        assert [mine.add("count", 1) for mine in stores] == [1, 2, 3]
 
 
 def test_one_rank_needs_no_one() -> None:
