@@ -58,6 +58,7 @@ def mlp_loss(
         or beta_needs_grad
         or not all(p.requires_grad and p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
         or not x.numel()
+        or (write_gradients and _autograd_does_more(parameters))
     ):
         return None
     kernels, _ = F.choose_backend("mlp_loss", *parameters, x)
@@ -112,6 +113,12 @@ class _MLPLoss(Function):
         (buffer, gradients), ctx.gradients = ctx.gradients, None
         ctx.kernels.scale_(buffer, dloss)
         return *constants, *gradients
+
+
+def _autograd_does_more(parameters: Sequence[Tensor]) -> bool:
+    """Whether there is more to a backward than one gradient for each: hooks, or one that is used twice."""
+    hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
+    return hooked or len({id(p) for p in parameters}) < len(parameters)
 
 
 def _gradient_buffer(parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

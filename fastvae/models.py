@@ -21,7 +21,7 @@ from fastvae import objectives
 from fastvae._checks import draw_seed
 from fastvae._mlp_loss import mlp_loss
 from fastvae.errors import FastvaeError
-from fastvae.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
+from fastvae.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, is_plain
 from fastvae.nn import BernoulliLikelihood, Likelihood, likelihood_from_config
 from fastvae.wake_sleep import wake_sleep
 
@@ -210,7 +210,7 @@ class VAE(nn.Module):
 
         What was there is lost, not added to. Quicker for the paper's model, for which autograd has nothing to do.
         """
-        if all(settings.get(name, value) == value for name, value in FUSED.items()):
+        if is_plain(self, VAE) and all(settings.get(name, value) == value for name, value in FUSED.items()):
             fused = self._fused_loss(self._flat(x), seed, beta, example_offset, write_gradients=True)
             if fused is not None:
                 return fused

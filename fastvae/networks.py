@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastvae.errors import FastvaeError
 
-__all__ = ["ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder"]
+__all__ = ["ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder", "is_plain"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
@@ -46,10 +46,10 @@ class _MLP(nn.Module):
         parts = [*self.body, self.head]
         kinds = (nn.Linear, ACTIVATIONS[self.activation])
         if not (
-            _is_plain(self, MLPEncoder, MLPDecoder)
-            and _is_plain(self.body, nn.Sequential)
+            is_plain(self, MLPEncoder, MLPDecoder)
+            and is_plain(self.body, nn.Sequential)
             and len(parts) % 2 == 1
-            and all(_is_plain(part, kinds[place % 2]) for place, part in enumerate(parts))
+            and all(is_plain(part, kinds[place % 2]) for place, part in enumerate(parts))
         ):
             return None
         layers: list[tuple[Tensor, Tensor]] = [(p.weight, p.bias) for p in parts if isinstance(p, nn.Linear)]
@@ -71,10 +71,10 @@ class MLPDecoder(_MLP):
 
     def has_plain_head(self) -> bool:
         """Whether a call is `body`, whatever that is, then `weight` and `bias` of `head`, and nothing else."""
-        return _is_plain(self, MLPDecoder) and _is_plain(self.head, nn.Linear)
+        return is_plain(self, MLPDecoder) and is_plain(self.head, nn.Linear)
 
 
-def _is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a call of `module` runs the forward of one of `kinds`, no subclass, and no hook."""
     return type(module) in kinds and not (
         module._forward_hooks

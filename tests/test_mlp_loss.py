@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
 
 from fastvae import _mlp_loss
-from fastvae.models import VAE, MLPDecoder
+from fastvae.models import VAE, Loss, MLPDecoder
 from tests.op_checks import BACKENDS, INTERPRETED, assert_accurate, device_of, load_backend, randn
 
 SEED, BETA, EXAMPLE_OFFSET = -5, 0.7, 3
@@ -177,6 +178,36 @@ def test_parts_that_do_more_than_their_weights_are_called(change: str) -> None:
             handle.remove()
     torch.testing.assert_close(results[0][:3], results[1][:3])
     assert results[0][3] == results[1][3] == ("hook" in change or "forward" in change)
+
+
+class Scaled(VAE):
+    def forward(self, x: Tensor, **settings: Any) -> Loss:
+        loss = super().forward(x, **settings)
+        return loss._replace(loss=3.0 * loss.loss)
+
+
+# what a backward does beside making gradients
+BACKWARDS: dict[str, Callable[[VAE], object]] = {
+    "nothing": lambda vae: None,
+    "gradient hook": lambda vae: vae.encoder.head.weight.register_hook(lambda grad: 2.0 * grad),
+    "accumulated": lambda vae: vae.encoder.head.weight.register_post_accumulate_grad_hook(
+        lambda p: p.__setattr__("grad", 2 * p.grad)
+    ),
+    "tied weights": lambda vae: setattr(vae.decoder.body[2], "weight", vae.encoder.body[2].weight),
+    "forward hook": lambda vae: vae.register_forward_hook(lambda *a: a[2]._replace(loss=3.0 * a[2].loss)),
+    "subclass": lambda vae: setattr(vae, "__class__", Scaled),
+}
+
+
+@pytest.mark.parametrize("change", BACKWARDS)
+def test_written_gradients_are_those_of_a_backward(change: str) -> None:
+    vae, x, seed = make((9, 9), "relu", "numba")
+    BACKWARDS[change](vae)
+    vae(x, seed=seed).loss.backward()
+    expected = [p.grad.clone() for p in vae.parameters()]
+    written = vae.write_gradients(x, seed=seed)
+    assert written.loss.grad_fn is None
+    torch.testing.assert_close([p.grad for p in vae.parameters()], expected)
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "tanh"])
