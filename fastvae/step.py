@@ -150,7 +150,7 @@ class TrainingStep:
         with self.autocast:
             if self.forward is self.model:
                 return self.model.write_gradients(x, **settings)
-            loss: Loss = self.forward(x, **settings)
+            loss = Loss(*self.forward(x, **settings))
         self.optimizer.zero_grad(set_to_none=True)
         loss.loss.sum().backward()
         return loss
