@@ -84,8 +84,15 @@ def wait_for(condition: Callable[[], Any], *, seconds: float = 300.0) -> Any:
     return value
 
 
-def when_saved(out: Path, process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Returns `seconds` after the first checkpoint of a run, or when its process has ended."""
-    checkpoint = out / "checkpoints" / "last.safetensors"
-    wait_for(lambda: checkpoint.exists() or process.poll() is not None)
-    time.sleep(seconds)
+def logged(run: Path) -> int:
+    """The last step in a run's metrics."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def train_on(run: Path, process: subprocess.Popen[bytes], steps: int) -> None:
+    """Returns when a run has logged that many steps more, while its process is still at work."""
+    until = logged(run) + steps
+    wait_for(lambda: logged(run) >= until or process.poll() is not None)
+    assert process.poll() is None, "it ended before it could be disturbed"
