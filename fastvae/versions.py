@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 
 __all__ = ["library_versions"]
 
 
+# looking them up takes longer than the copies of a checkpoint
+@functools.cache
 def library_versions() -> dict[str, str]:
     """Versions of Python, of this package and of the libraries that compute; "not installed" for one that is not."""
     packages = ("fastvae-kernels", "torch", "triton", "numba", "numpy")
