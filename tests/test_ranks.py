@@ -226,7 +226,7 @@ def test_an_error_of_one_rank_ends_all_of_them(tmp_path: Path) -> None:
         )
     assert done.returncode != 0
     said = [line for line in log.read_text().splitlines() if line.startswith("fastvae: error")]
-    assert said == ["fastvae: error: data is digits on rank 0, but nosuch.npy on rank 1"]
+    assert said == ["fastvae: error: data is digits on rank 0 and nosuch.npy on rank 1"]
     assert not (tmp_path / "run").exists()
 
 
