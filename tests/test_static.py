@@ -110,6 +110,16 @@ def test_traffic_outside_a_tensor_is_an_error():
         evaluate(parse(TTIR), {"%x_ptr": x, "%out_ptr": out, "%D": 6}, num_programs=2)
 
 
+def test_matrix_products_are_counted_as_often_as_they_run():
+    x, out = torch.zeros(4, 6, dtype=torch.float16), torch.zeros(4)
+    operands = "%x, %x, %acc, inputPrecision = tf32 : tensor<16x8xf32> * tensor<8x32xf32> -> tensor<16x32xf32>"
+    text = TTIR.replace("scf.yield %acc_9", f"%product = tt.dot {operands}\n      scf.yield %acc_9")
+    traffic = evaluate(parse(text), {"%x_ptr": x, "%out_ptr": out, "%D": 6}, num_programs=2)
+    assert traffic.products == {"tf32": 2 * 2 * (2 * 16 * 32 * 8)}
+    halves = evaluate(parse(text.replace("xf32>", "xbf16>")), {"%x_ptr": x, "%out_ptr": out, "%D": 6}, num_programs=1)
+    assert halves.products == {"16 bits": 2 * (2 * 16 * 32 * 8)}
+
+
 def test_traffic_refuses_what_it_cannot_follow():
     with pytest.raises(ValueError, match="control flow"):
         parse(TTIR.replace("tt.return", "cf.br ^bb1"))
@@ -151,6 +161,7 @@ def test_loops_nest_and_code_behind_the_end_is_left_out():
         ("buffer_store_dwordx2", ("store", 64)),
         ("buffer_load_ubyte", ("load", 8)),
         ("buffer_load_ushort", ("load", 16)),
+        ("LDGSTS.E.BYPASS.LTC128B.128", ("load", 128)),
         ("LDS.128", None),
         ("LDL", None),
         ("s_load_dwordx4", None),
@@ -169,8 +180,9 @@ def test_ptx_accesses_belong_to_arguments():
         add.s64 \t%rd4, %rd2, %rd5;
         @%p1 st.global.L1::evict_last.v2.b16 [ %rd4 + 16 ], { %rs1, %rs2 };
         st.global.b32 [ %rd4 + 0 ], { %r7 };
+        @%p2 cp.async.ca.shared.global [ %r9 + 0 ], [ %rd3 + 0 ], 0x8, %r10;
     """
-    assert widths_by_argument(ptx, ["x_ptr", "n", "y_ptr"]) == {"x_ptr": [128], "y_ptr": [32]}
+    assert widths_by_argument(ptx, ["x_ptr", "n", "y_ptr"]) == {"x_ptr": [128, 64], "y_ptr": [32]}
 
 
 def test_the_model_names_the_unit_that_binds():
@@ -179,6 +191,9 @@ def test_the_model_names_the_unit_that_binds():
     lanes = chip.multiprocessors * chip.clock
     assert chip.model(1, lanes * chip.issue_lanes, 1)[:2] == (1e6, "issue")
     assert chip.model(1, lanes * chip.special_lanes, 2 * lanes * chip.special_lanes).bound == "SFU"
+    assert chip.model(1, 0, 0, {"16 bits": chip.tensor["16 bits"]})[:2] == (1e6, "tensor")
+    # what has no tensor cores is counted as instructions
+    assert chip.model(chip.dram, 0, 0, {"fp32": 1e30})[:2] == (1e6, "DRAM")
 
 
 def test_cases_have_names_of_their_own():

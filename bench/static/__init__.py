@@ -11,6 +11,7 @@ code       from SASS or GCN: registers, spills (instructions that access local m
            global accesses. *instructions* and *special functions* are per element of the case's largest tensor: each
            basic block counts as often as its loop iterates, with the trip counts of the TTIR; both sides of other
            branches count, so the figure is an upper bound. Of GCN only vector instructions count.
+products   floating-point operations of `tl.dot`, from the TTIR's shapes and trip counts, padding included.
 model      the time of `bench.chips` from these figures. A model: not measured.
 
 Operations that a launcher leaves to PyTorch (fills, sums, copies) count as launches, their inputs and outputs as bytes.

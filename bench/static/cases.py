@@ -20,6 +20,10 @@ MORE_PAIRS = [("bf16", "bf16"), ("fp32", "bool")]
 # an MLP on MNIST at a large batch; then image decoders, latent maps, and few long rows
 LATENT_SHAPES = [(4096, 64), (65536, 128)]
 DATA_SHAPES = [(4096, 784), (16384, 3072), (8, 196608)]
+# rows, inputs and outputs of an output layer
+LAYER_SHAPES = [(4096, 512, 784), (16384, 512, 3072)]
+# with wide data, where registers are scarcest, and with bytes
+LAYER_PAIRS = [("fp32", "uint8"), ("tf32", "fp32"), ("bf16", "uint8"), ("bf16", "fp32"), ("fp16", "fp16")]
 
 
 class Case(NamedTuple):
@@ -31,6 +35,7 @@ class Case(NamedTuple):
     function: str
     arguments: Callable[[], tuple[Any, ...]]
     main: bool  # part of the gate; the others, more shapes and dtypes, are for the report
+    precision: str = "highest"  # of float32 matrix products, as `torch.set_float32_matmul_precision` takes it
 
     @property
     def name(self) -> str:
@@ -172,6 +177,18 @@ def _activation(dtype: str, B: int, D: int, main: bool) -> Case:
     return Case("activation_bwd_ relu", dtype, (B, D), "activation_bwd_", arguments, main)
 
 
+def _layer(dtype_name: str, data_name: str, B: int, H: int, D: int, main: bool) -> Case:
+    dtype = torch.float32 if dtype_name == "tf32" else FLOATS[dtype_name]
+
+    def arguments() -> tuple[Any, ...]:
+        layer = [torch.empty(*size, dtype=dtype) for size in ((B, H), (D, H), (D,))]
+        return *layer, torch.empty(B, D, dtype=DATA[data_name])
+
+    both = dtype_name if dtype_name == data_name else f"{dtype_name}+{data_name}"
+    precision = "high" if dtype_name == "tf32" else "highest"
+    return Case("linear_bernoulli_nll fwd", both, (B, H, D), "linear_bernoulli_nll_fwd", arguments, main, precision)
+
+
 def cases() -> list[Case]:
     """All cases; names are unique."""
     found = [_words(*LATENT_SHAPES[0])]
@@ -185,4 +202,6 @@ def cases() -> list[Case]:
             found += [_gather(how, dtype, B, D, i == 0) for how in ("scale", "binarize", "dequantize")]
         found += [_scale(dtype, B, D, i == 0) for dtype in FLOATS]
         found += [_activation(dtype, B, D, i == 0) for dtype in ("fp32", "bf16")]
+    for i, shape in enumerate(LAYER_SHAPES):
+        found += [_layer(prediction, data, *shape, i == 0) for prediction, data in LAYER_PAIRS]
     return found

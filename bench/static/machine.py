@@ -65,10 +65,21 @@ def _sass(cubin: bytes) -> Code:
         stack=int(usage["STACK"]) + int(usage["LOCAL"]),
         shared=int(usage["SHARED"]),
         blocks=blocks,
-        loops=natural_loops(blocks),
+        loops=_without_waits(natural_loops(blocks), blocks),
         counted=re.compile(r"(?!NOP)"),
         special=re.compile(r"MUFU"),
     )
+
+
+def _without_waits(loops: list[MachineLoop], blocks: list[Block]) -> list[MachineLoop]:
+    """The loops of the program: not those that try a barrier, or an allocation of tensor memory, until it succeeds."""
+    kept = []
+    for loop in loops:
+        opcodes = [opcode for i in loop.blocks for opcode in blocks[i].opcodes]
+        if len(loop.blocks) > 1 or not any(re.match(r"SYNCS\..*TRYWAIT|UTCATOMSWS", opcode) for opcode in opcodes):
+            loop.children = _without_waits(loop.children, blocks)
+            kept.append(loop)
+    return kept
 
 
 def _gcn(text: str) -> Code:
@@ -102,7 +113,8 @@ _GCN_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
 
 def access_bits(opcode: str) -> tuple[str, int] | None:
     """("load" or "store", bits per lane) of an access to global memory."""
-    if match := re.match(r"(LD|ST)G\.", opcode):
+    # LDGSTS is a load that goes to shared memory without passing through registers
+    if match := re.match(r"(LD|ST)G(?:STS)?\.", opcode):
         widths = re.findall(r"\.[US]?(8|16|64|128|256)(?=\.|$)", opcode)
         return ("load" if match[1] == "LD" else "store"), int(widths[0]) if widths else 32
     if match := re.match(r"(?:global|buffer|flat)_(load|store)_(\w+)", opcode):
@@ -127,6 +139,10 @@ def widths_by_argument(ptx: str, names: list[str]) -> dict[str, list[int]]:
             address = re.search(r"\[\s*(%rd\d+)", line)
             if width and address:
                 accesses.append((address[1], int(width[1]) * (int(vector[1]) if vector else 1)))
+        elif match := re.search(
+            r"\bcp\.async\.c[ag]\.shared\.global \[[^]]*\], \[\s*(%rd\d+)[^]]*\], (0x[0-9a-f]+)", line
+        ):
+            accesses.append((match[1], 8 * int(match[2], 16)))
         elif match := re.match(r"\s*(?:@!?%p\d+\s+)?[a-z][\w.]+\s+(%rd\d+), (.*);", line):
             flows.append((match[1], re.findall(r"%rd\d+", match[2])))
     changed = True

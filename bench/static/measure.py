@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bench.chips import CHIPS
+from bench.chips import CHIPS, Modelled
 from bench.static.capture import HostOp, Launch, recording, unique_bytes
 from bench.static.cases import Case
 from bench.static.flow import MachineLoop
@@ -47,6 +49,7 @@ class Kernel:
     shared: int
     instructions: float
     special: float
+    products: dict[str, int]  # floating-point operations of matrix products by type
     loads: list[int]  # widths in bits
     stores: list[int]
     arguments: dict[str, Argument]
@@ -85,11 +88,21 @@ class Result:
     def special(self) -> float:
         return sum(kernel.special for kernel in self.kernels) / self.elements
 
+    @property
+    def products(self) -> dict[str, int]:
+        """Floating-point operations of matrix products by type."""
+        kinds = dict.fromkeys(kind for kernel in self.kernels for kind in kernel.products)
+        return {kind: sum(kernel.products.get(kind, 0) for kernel in self.kernels) for kind in kinds}
+
+    def model(self) -> Modelled:
+        """The modelled time."""
+        instructions, special = self.instructions * self.elements, self.special * self.elements
+        return CHIPS[self.architecture].model(self.bytes, instructions, special, self.products)
+
     def record(self) -> dict[str, Any]:
         """As a record of a result file, with the modelled time."""
         sums = {name: getattr(self, name) for name in ("launches", "bytes", "requested", "instructions", "special")}
-        chip = CHIPS[self.architecture]
-        model = chip.model(self.bytes, self.instructions * self.elements, self.special * self.elements)
+        chip, model = CHIPS[self.architecture], self.model()
         kernels = {"kernels": [asdict(k) for k in self.kernels], "host_ops": [op._asdict() for op in self.host_ops]}
         about = {name: getattr(self, name) for name in ("case", "architecture", "elements", "least_bytes")}
         return {"kind": "static", **about, **sums, "model": {"chip": chip.name, **model._asdict()}, **kernels}
@@ -170,10 +183,21 @@ def _kernel(launch: Launch, traffics: Traffics) -> Kernel:
         shared=metadata.shared,
         instructions=instructions * threads,
         special=special * threads,
+        products=traffic.products,
         loads=sorted((bits for kind, bits in accesses if kind == "load"), reverse=True),
         stores=sorted((bits for kind, bits in accesses if kind == "store"), reverse=True),
         arguments=arguments,
     )
+
+
+@contextmanager
+def _float32_products(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def measure(case: Case, kernels: ModuleType, architectures: Sequence[str]) -> list[Result]:
@@ -187,7 +211,7 @@ def measure(case: Case, kernels: ModuleType, architectures: Sequence[str]) -> li
     arguments = case.arguments()
     given = {id(t): t for t in tree_leaves(arguments) if isinstance(t, Tensor)}
     for architecture in architectures:
-        with recording(architecture) as record:
+        with recording(architecture) as record, _float32_products(case.precision):
             returned = getattr(kernels, case.function)(*arguments)
         made = [t for t in tree_leaves(returned) if isinstance(t, Tensor)]
         tensors = [*given.values(), *made]

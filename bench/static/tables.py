@@ -33,9 +33,7 @@ def _bits(widths: list[int]) -> str:
 
 
 def _row(result: Result) -> list[str]:
-    model = CHIPS[result.architecture].model(
-        result.bytes, result.instructions * result.elements, result.special * result.elements
-    )
+    model = result.model()
     kernels = result.kernels
 
     def each(values: list[int]) -> str:

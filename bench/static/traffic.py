@@ -1,4 +1,4 @@
-"""Memory traffic and trip counts of a launch: the TTIR's integer arithmetic, evaluated for every program of the grid.
+"""Memory traffic, trip counts and matrix products of a launch, by the TTIR's integers, for every program of the grid.
 
 Only what addresses, masks, loop bounds and branches depend on is evaluated, so the floating-point work costs nothing. A
 value is an array with one leading axis for the programs; axes along which a tensor is constant keep length 1.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.static import integers
 from bench.static.integers import Array
-from bench.static.ttir import Function, Op, element_bytes, tensor_shape, walk
+from bench.static.ttir import Function, Op, element_bytes, matrix_product, tensor_shape, walk
 
 __all__ = ["Loop", "Site", "Traffic", "evaluate"]
 
@@ -59,10 +59,11 @@ class Loop:
 
 @dataclass
 class Traffic:
-    """Sites and outermost loops in program order."""
+    """Sites and outermost loops in program order; floating-point operations of matrix products by type."""
 
     sites: list[Site] = field(default_factory=list)
     loops: list[Loop] = field(default_factory=list)
+    products: dict[str, int] = field(default_factory=dict)
 
 
 def _accesses(op: Op) -> tuple[str, str | None] | None:
@@ -164,6 +165,10 @@ class _Evaluator:
                 self._for(op, env, active)
             elif op.name == "scf.if":
                 self._if(op, env, active)
+            elif op.name == "tt.dot":
+                kind, operations = matrix_product(op)
+                done = self.traffic.products.get(kind, 0)
+                self.traffic.products[kind] = done + operations * int(active.sum())
             elif op.name in ("scf.yield", "tt.return"):
                 return [env.get(name) for name in op.operands]
             elif self.needed.intersection(op.results):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["Function", "Op", "element_bytes", "parse", "tensor_shape", "walk"]
+__all__ = ["Function", "Op", "element_bytes", "matrix_product", "parse", "tensor_shape", "walk"]
 
 _VALUE = re.compile(r"%[\w.$-]+(?:#\d+)?")
 _STATEMENT = re.compile(r'(?:(?P<results>%[^=]+?) = )?"?(?P<name>[a-z_]+\.[\w.]+)"?(?P<rest>.*)')
@@ -54,6 +54,13 @@ def element_bytes(text: str) -> int:
     """Bytes of what the last pointer type of a statement points to."""
     bits = re.findall(r"!tt\.ptr<[a-z]+(\d+)", text)
     return max(1, int(bits[-1]) // 8)
+
+
+def matrix_product(op: Op) -> tuple[str, int]:
+    """Type ("16 bits", "tf32" or "fp32") and floating-point operations of a `tt.dot`."""
+    (rows, depth, bits), (_, cols, _) = re.findall(r"tensor<(\d+)x(\d+)xb?f(\d+)>", op.text)[:2]
+    kind = f"{bits} bits" if int(bits) < 32 else "tf32" if "inputPrecision = tf32" in op.text else "fp32"
+    return kind, 2 * int(rows) * int(cols) * int(depth)
 
 
 def _results(text: str | None) -> list[str]:

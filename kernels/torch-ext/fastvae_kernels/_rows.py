@@ -67,12 +67,16 @@ def row_walk(num_rows: int, num_elements: int, itemsize: int) -> Walk:
 
 
 def column_walk(num_rows: int, num_elements: int, itemsize: int) -> Walk:
-    """Down the columns; no more groups of rows than keep a GPU busy, since each leaves a row of partial sums."""
+    """Down the columns, in tiles that bring 32 bytes of predictions to each thread.
+
+    No more programs than keep a GPU busy: about one for each multiprocessor of the largest, of 32-bit values two. P
+    programs leave 4 (splits R + groups D) bytes of partial sums, at least 8 sqrt(P R D), to be read again.
+    """
     cols = max(4, min(128, triton.next_power_of_2(num_elements)))
-    rows = min(2048 // cols, triton.next_power_of_2(num_rows))
+    rows = min(8192 // itemsize // cols, triton.next_power_of_2(num_rows))
     splits, all_tiles = triton.cdiv(num_elements, cols), triton.cdiv(num_rows, rows)
-    tiles = triton.cdiv(all_tiles, triton.cdiv(_PROGRAMS // 2, splits))
-    return Walk(rows, cols, 0, triton.cdiv(all_tiles, tiles), tiles, splits, 1, warps=2 * itemsize)
+    tiles = triton.cdiv(all_tiles, triton.cdiv(64 * itemsize, splits))
+    return Walk(rows, cols, 0, triton.cdiv(all_tiles, tiles), tiles, splits, 1, warps=8)
 
 
 def output_rows(out: Tensor) -> Rows:
@@ -130,7 +134,14 @@ def _sum_partials_kernel(
 
 
 def sum_partials(first: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """The sums over dimension 0 of one or two contiguous float32 tensors `[height, ...]`, in one launch."""
+    """The sums over dimension 0 of one or two contiguous float32 tensors `[height, ...]`, in one launch.
+
+    A tensor of one row is its own sum, as a view.
+    """
+    if second is not None and len(second) == 1:
+        return sum_partials(first)[0], second[0]
+    if len(first) == 1:
+        return first[0], None if second is None else sum_partials(second)[0]
     out = torch.empty(first.shape[1:], dtype=torch.float32, device=first.device)
     second_out = None if second is None else torch.empty(second.shape[1:], dtype=torch.float32, device=first.device)
     height, width = first.shape[0], out.numel()

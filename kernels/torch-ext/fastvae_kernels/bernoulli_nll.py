@@ -304,8 +304,6 @@ def _launch(
         )
     if nll is None:
         return None, None
-    if walk.splits == 1 and column_sum is None:
-        return nll[0], None
     return sum_partials(nll, column_sum)
 
 

@@ -253,8 +253,6 @@ def _launch(
         )
     if nll is None:
         return None, None if partial is None else sum_partials(partial)[0]
-    if walk.splits == 1 and partial is None:
-        return nll[0], None
     return sum_partials(nll, partial)
 
 

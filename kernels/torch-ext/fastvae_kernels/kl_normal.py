@@ -168,7 +168,7 @@ def kl_normal_fwd(mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logvar_p: Tensor
             ROWS=plan.rows,
             COLS=plan.cols,
         )
-    return sum_partials(kl)[0] if plan.splits > 1 else kl[0]
+    return sum_partials(kl)[0]
 
 
 def kl_normal_bwd(

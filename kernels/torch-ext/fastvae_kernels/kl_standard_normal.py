@@ -141,7 +141,7 @@ def kl_standard_normal_fwd(mu: Tensor, logvar: Tensor) -> Tensor:
             ROWS=plan.rows,
             COLS=plan.cols,
         )
-    return sum_partials(kl)[0] if plan.splits > 1 else kl[0]
+    return sum_partials(kl)[0]
 
 
 def kl_standard_normal_bwd(dkl: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:

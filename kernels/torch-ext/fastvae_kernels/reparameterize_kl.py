@@ -156,13 +156,6 @@ def _reparameterize_kl_bwd_kernel(
     store_tile(dlogvar_row, col, dlogvar_stride_l, 0.5 * dlogvar, mask)
 
 
-def _second_stage(kl: Tensor, kl_per_dim: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The sums over dimension 0; what one program has summed alone is not read again."""
-    if kl_per_dim is None or kl_per_dim.shape[0] == 1:
-        return sum_partials(kl)[0] if kl.shape[0] > 1 else kl[0], None if kl_per_dim is None else kl_per_dim[0]
-    return sum_partials(kl, kl_per_dim) if kl.shape[0] > 1 else (kl[0], sum_partials(kl_per_dim)[0])
-
-
 def reparameterize_kl_fwd(
     mu: Tensor, logvar: Tensor, seed: Tensor, example_offset: int, stream: int, per_dim: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -202,7 +195,7 @@ def reparameterize_kl_fwd(
             ROWS=plan.rows,
             COLS=plan.cols,
         )
-    return z, *_second_stage(kl, kl_per_dim)
+    return z, *sum_partials(kl, kl_per_dim)
 
 
 def reparameterize_kl_bwd(

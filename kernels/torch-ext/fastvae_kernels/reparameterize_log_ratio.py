@@ -205,7 +205,7 @@ def reparameterize_log_ratio_fwd(
             ROWS=plan.rows,
             COLS=plan.cols,
         )
-    return z, sum_partials(log_ratio)[0] if plan.splits > 1 else log_ratio[0]
+    return z, sum_partials(log_ratio)[0]
 
 
 def reparameterize_log_ratio_bwd(
