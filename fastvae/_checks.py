@@ -81,6 +81,8 @@ def row_weights(weight: Tensor | None, rows: Iterable[int], prediction: Tensor) 
     if weight.requires_grad:
         raise ValueError("row weights are constants of the loss: expected a weight that needs no gradient (detach it)")
     try:
-        return weight.to(torch.float32).expand(shape)
+        if weight.device == prediction.device:
+            return weight.to(torch.float32).expand(shape)
+        raise ValueError(f"expected row weights on {prediction.device}, got {shapes(weight=weight)}")
     except RuntimeError:
         raise ValueError(f"row weights must broadcast to {list(shape)}, got {shapes(weight=weight)}") from None

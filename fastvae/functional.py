@@ -405,8 +405,11 @@ def linear_bernoulli_nll_loss(
 
 
 def _check_layer(h: Tensor, weight: Tensor, bias: Tensor) -> None:
-    if h.ndim < 2 or weight.ndim != 2 or h.shape[-1] != weight.shape[1] or bias.shape != weight.shape[:1]:
-        raise ValueError(f"expected h [..., H], weight [D, H], bias [D], got {shapes(h=h, weight=weight, bias=bias)}")
+    fits = h.ndim >= 2 and weight.ndim == 2 and h.shape[-1] == weight.shape[1] and bias.shape == weight.shape[:1]
+    if not fits or not h.device == weight.device == bias.device:
+        raise ValueError(
+            "expected h [..., H], weight [D, H], bias [D] on one device, got " + shapes(h=h, weight=weight, bias=bias)
+        )
 
 
 def linear_bernoulli_nll(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -62,6 +64,38 @@ def pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tenso
 def test_the_edge_says_what_it_got(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()  # type: ignore[operator]
+
+
+# every op that takes several tensors, with their shapes in order
+MANY_TENSORS: dict[str, tuple[Callable[..., object], list[tuple[int, ...]]]] = {
+    "reparameterize": (lambda m, v: F.reparameterize(m, v, seed=SEED), [(2, 3)] * 2),
+    "kl_standard_normal": (F.kl_standard_normal, [(2, 3)] * 2),
+    "kl_normal": (F.kl_normal, [(2, 3)] * 4),
+    "reparameterize_kl": (lambda m, v: F.reparameterize_kl(m, v, seed=SEED), [(2, 3)] * 2),
+    "reparameterize_log_ratio": (
+        lambda m, v: F.reparameterize_log_ratio(m, v, num_samples=2, seed=SEED),
+        [(2, 3)] * 2,
+    ),
+    "bernoulli_nll": (F.bernoulli_nll, [(2, 3)] * 2),
+    "bernoulli_nll_loss": (lambda o, x, w: F.bernoulli_nll_loss(o, x, weight=w), [(2, 3), (2, 3), (2,)]),
+    "gaussian_nll": (F.gaussian_nll, [(2, 3)] * 3),
+    "gaussian_nll_loss": (lambda m, v, x, w: F.gaussian_nll_loss(m, v, x, weight=w), [(2, 3)] * 3 + [(2,)]),
+    "linear_bernoulli_nll": (F.linear_bernoulli_nll, [(2, 3), (4, 3), (4,), (2, 4)]),
+    "linear_bernoulli_nll_loss": (F.linear_bernoulli_nll_loss, [(2, 3), (4, 3), (4,), (2, 4)]),
+    "linear_gaussian_nll": (F.linear_gaussian_nll, [(2, 3), (8, 3), (8,), (2, 4)]),
+    "gather_batch": (lambda x, i: F.gather_batch(x, i.long()), [(5, 3), (2,)]),
+}
+
+
+@pytest.mark.parametrize("op", MANY_TENSORS)
+def test_tensors_of_two_devices_are_refused(op: str) -> None:
+    call, sizes = MANY_TENSORS[op]
+    for stray in range(len(sizes)):
+        devices = ["meta" if i == stray else "cpu" for i in range(len(sizes))]
+        tensors = [torch.zeros(size, device=device) for size, device in zip(sizes, devices)]
+        tensors[0].requires_grad_(op != "gather_batch")
+        with pytest.raises(ValueError, match="meta"):
+            call(*tensors)
 
 
 def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
