@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._jit import loop, routine
+from ._jit import loop, routine, term
 from ._math import ONE, ZERO
 from ._philox import draw_uniforms, fill_counters, to_words
 from ._pointers import f32_at, f32_scratch, u8_at, u32_scratch
@@ -18,12 +18,19 @@ __all__ = ["FLOAT", "binarize_piece", "data_kind", "load_piece"]
 FLOAT, BYTE, BOOL = range(3)
 _KINDS = {torch.float32: FLOAT, torch.uint8: BYTE, torch.bool: BOOL}
 STREAM_BINARIZE = 1
-LARGEST_BYTE = np.float32(255.0)
+# 1 / 255 = 257 / 2^16 + 1 / (255 * 2^16): a byte times the first is exact, and the sum is rounded as the division is
+INV_255_HIGH, INV_255_LOW = np.float32(257 / 65536), np.float32(1 / (255 * 65536))
 
 
 def data_kind(x: Tensor) -> int:
     """The type of data as a kernel argument: one compilation serves all."""
     return _KINDS[x.dtype]
+
+
+@term
+def _byte(value: Any) -> Any:
+    """value / 255 for the integers 0 to 255, without a division."""
+    return np.float32(value) * INV_255_HIGH + np.float32(value) * INV_255_LOW
 
 
 @loop
@@ -37,7 +44,7 @@ def load_piece(row: int, kind: int, first: int, count: int, x: Any) -> None:
         data = u8_at(row + first)
         if kind == BYTE:
             for d in range(count):
-                x[d] = np.float32(data[d]) / LARGEST_BYTE
+                x[d] = _byte(data[d])
         else:
             for d in range(count):
                 x[d] = np.float32(data[d])

@@ -22,7 +22,7 @@ __all__ = [
     "exp",
     "expm1",
     "expm1_minus",
-    "log1p_unit",
+    "log1p",
     "log_unit",
     "normal_pair",
 ]
@@ -31,21 +31,6 @@ ZERO, HALF, ONE, TWO = (np.float32(value) for value in (0.0, 0.5, 1.0, 2.0))
 
 # exp(r) = 1 + r + r^2 (E0 + E1 r + ...) for |r| <= ln(2) / 2
 E0, E1, E2, E3, E4 = (np.float32(c) for c in (0.5, 0.16666578, 0.041666854, 0.0083631445, 0.0013901286))
-# log1p(e) = e + e^2 (P0 + P1 e + ...) for 0 <= e <= 1
-P0, P1, P2, P3, P4, P5, P6, P7, P8 = (
-    np.float32(c)
-    for c in (
-        -0.49999997,
-        0.33332866,
-        -0.24987023,
-        0.19857943,
-        -0.15862218,
-        0.11592392,
-        -0.067111865,
-        0.025438463,
-        -0.004519069,
-    )
-)
 # log(1 + f) = f - f^2 / 2 + f^3 (G0 + G1 f + ...) for sqrt(1/2) <= 1 + f <= sqrt(2)
 G0, G1, G2, G3, G4, G5, G6, G7 = (
     np.float32(c)
@@ -114,24 +99,38 @@ def expm1_minus(x: Any) -> Any:
 
 
 @term
-def log1p_unit(e: Any) -> Any:
-    """log(1 + e) for e in [0, 1]."""
-    return e + e * e * (P0 + e * (P1 + e * (P2 + e * (P3 + e * (P4 + e * (P5 + e * (P6 + e * (P7 + e * P8))))))))
+def _log_parts(u: Any) -> Any:
+    """(n, f) with u = 2^n (1 + f) and sqrt(1/2) <= 1 + f <= sqrt(2), for normal u."""
+    bits = np.int32(bits_of(u) - SQRT_HALF_BITS)
+    exponent = np.int32(bits >> np.int32(23))
+    return np.float32(exponent), float_of(np.int32((bits & SIGNIFICAND_BITS) + SQRT_HALF_BITS)) - ONE
 
 
 @term
-def log_unit(u: Any) -> Any:
-    """log(u) for normal u in (0, 1]."""
-    bits = np.int32(bits_of(u) - SQRT_HALF_BITS)
-    exponent = np.int32(bits >> np.int32(23))
-    f = float_of(np.int32((bits & SIGNIFICAND_BITS) + SQRT_HALF_BITS)) - ONE
-    n = np.float32(exponent)
+def _log_from(n: Any, f: Any) -> Any:
+    """log(2^n (1 + f))."""
     # in halves: one chain of eight dependent additions would be bound by latency
     s = f * f
     low = (G0 + G1 * f) + s * (G2 + G3 * f)
     high = (G4 + G5 * f) + s * (G6 + G7 * f)
     cubic = f * (low + (s * s) * high)
     return n * LN2_HIGH + (f + (s * (cubic - HALF) + n * LN2_LOW))
+
+
+@term
+def log_unit(u: Any) -> Any:
+    """log(u) for normal u in (0, 1]."""
+    n, f = _log_parts(u)
+    return _log_from(n, f)
+
+
+@term
+def log1p(q: Any) -> Any:
+    """log(1 + q) for q in [0, 2^100]."""
+    u = ONE + q
+    n, f = _log_parts(u)
+    # what the sum has lost: all the digits of a small q
+    return _log_from(n, f + (q - (u - ONE)) * float_of(bits_of(ONE) - (np.int32(n) << np.int32(23))))
 
 
 @term

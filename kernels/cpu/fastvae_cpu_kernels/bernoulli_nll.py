@@ -1,8 +1,10 @@
 """-log p(x|z) = sum_d [softplus(l_d) - x_d l_d] for Bernoulli pixels with logits l, in nats; and its gradient.
 
-    softplus(l) = max(l, 0) + log1p(e),  e = exp(-|l|);   d/dl = sigmoid(l) - x,  sigmoid(|l|) = 1 / (1 + e)
+    softplus(l) = max(l, 0) + log(1 + e),  e = exp(-|l|);   d/dl = sigmoid(l) - x,  sigmoid(|l|) = 1 / (1 + e)
+    sum_d log(1 + e_d) = log(1 + q),  1 + q = prod_d (1 + e_d)
 
-One exponential and one division per element. Source: Kingma & Welling 2013, Appendix C.1.
+One exponential and one division per element, and one logarithm for up to 64 of them: a factor is in (1, 2]. q instead
+of 1 + q keeps the digits of sure logits. Source: Kingma & Welling 2013, Appendix C.1.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 from ._data import binarize_piece, data_kind, load_piece
 from ._jit import kernel, loop, term
 from ._layout import NO_ROWS, PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
-from ._math import ONE, ZERO, exp, log1p_unit
+from ._math import ONE, ZERO, exp, log1p
 from ._pieces import add_piece, row_address, store_piece
 from ._pointers import f32_at, f32_scratch, f64_at, i64_at
 from ._reduce import ColumnSums, row_sums, row_totals
@@ -24,44 +26,81 @@ from ._threads import run
 __all__ = ["bernoulli_nll_bwd", "bernoulli_nll_fwd", "bernoulli_nll_with_grad"]
 
 _NS_PER_ELEMENT = 1.1
+# 64 factors share a logarithm: those of 4 pieces in each lane, then 512 lanes in 32
+FLUSH, LANES = 4, 32
 
 
 @term
-def _nll_term(logit: Any, x: Any) -> Any:
-    """softplus(l) - x l."""
-    e = exp(-abs(logit))
-    return ((logit if logit > ZERO else ZERO) - x * logit) + log1p_unit(e)
+def _linear_term(logit: Any, x: Any) -> Any:
+    """max(l, 0) - x l."""
+    return (logit if logit > ZERO else ZERO) - x * logit
 
 
 @term
-def _grad_term(logit: Any, x: Any) -> Any:
+def _grad_term(logit: Any, x: Any, e: Any) -> Any:
     """sigmoid(l) - x."""
-    e = exp(-abs(logit))
     larger = ONE / (ONE + e)
     return (larger if logit >= ZERO else e * larger) - x
 
 
+@term
+def _times(q: Any, e: Any) -> Any:
+    """(1 + q) (1 + e) - 1."""
+    return q + (e + q * e)
+
+
 @loop
-def _nll_piece(logits: Any, x: Any, count: int) -> Any:
+def _clear(q: Any, lanes: int) -> None:
+    for i in range(lanes):
+        q[i] = ZERO
+
+
+@loop
+def _nll_piece(logits: Any, x: Any, q: Any, count: int) -> Any:
+    """The sum of the linear terms; the others are multiplied into `q`."""
     total = ZERO
     for d in range(count):
-        total += _nll_term(logits[d], x[d])
+        e = exp(-abs(logits[d]))
+        total += _linear_term(logits[d], x[d])
+        q[d] = _times(q[d], e)
     return total
 
 
 @loop
 def _grad_piece(logits: Any, x: Any, weight: Any, grad: Any, count: int) -> None:
     for d in range(count):
-        grad[d] = weight * _grad_term(logits[d], x[d])
+        grad[d] = weight * _grad_term(logits[d], x[d], exp(-abs(logits[d])))
 
 
 @loop
-def _nll_and_grad_piece(logits: Any, x: Any, weight: Any, grad: Any, count: int) -> Any:
-    """Both terms in one loop, where the compiler shares their exponential."""
+def _nll_and_grad_piece(logits: Any, x: Any, weight: Any, q: Any, grad: Any, count: int) -> Any:
+    """Both, with one exponential."""
     total = ZERO
     for d in range(count):
-        total += _nll_term(logits[d], x[d])
-        grad[d] = weight * _grad_term(logits[d], x[d])
+        e = exp(-abs(logits[d]))
+        total += _linear_term(logits[d], x[d])
+        q[d] = _times(q[d], e)
+        grad[d] = weight * _grad_term(logits[d], x[d], e)
+    return total
+
+
+@loop
+def _fold(q: Any, half: int) -> None:
+    for i in range(half):
+        q[i] = _times(q[i], q[half + i])
+
+
+@loop
+def _log_of_product(q: Any, lanes: int) -> Any:
+    """The logarithm of the product of 1 + q[:lanes]; q is 0 afterwards."""
+    width = lanes
+    while width > LANES:
+        width //= 2
+        _fold(q, width)
+    total = ZERO
+    for i in range(LANES):
+        total += log1p(q[i])
+    _clear(q, lanes)
     return total
 
 
@@ -85,7 +124,11 @@ def _bernoulli_kernel(
     width: int,
     example_offset: int,
 ) -> None:
-    x_piece, grad_piece = f32_scratch(512), f32_scratch(512)
+    x_piece, q, grad_piece = f32_scratch(512), f32_scratch(512), f32_scratch(512)
+    lanes = LANES
+    while lanes < min(PIECE, width):
+        lanes *= 2
+    _clear(q, lanes)
     for tile in range(first_tile, last_tile):
         block, part = tile // across, tile % across
         k, b = block * height // B, block * height % B
@@ -104,15 +147,17 @@ def _bernoulli_kernel(
                 if seed != 0:
                     binarize_piece(x_piece, d, count, i64_at(seed)[0], b + example_offset)
                 if weight[0] == 0:
-                    total += _nll_piece(f32_at(l_row + 4 * d), x_piece, count)
+                    total += _nll_piece(f32_at(l_row + 4 * d), x_piece, q, count)
                 else:
                     if nll != 0:
-                        total += _nll_and_grad_piece(f32_at(l_row + 4 * d), x_piece, w, grad_piece, count)
+                        total += _nll_and_grad_piece(f32_at(l_row + 4 * d), x_piece, w, q, grad_piece, count)
                     else:
                         _grad_piece(f32_at(l_row + 4 * d), x_piece, w, grad_piece, count)
                     store_piece(grad_piece, f32_at(grad_row + 4 * d), count)
                     if sums != 0:
                         add_piece(grad_piece, f64_at(sums + 8 * (block * D + d)), count)
+                if nll != 0 and (d + count == end or (d // PIECE + 1) % FLUSH == 0):
+                    total += _log_of_product(q, lanes)
             if nll != 0:
                 f32_at(nll)[r * across + part] = np.float32(total)
             b += 1

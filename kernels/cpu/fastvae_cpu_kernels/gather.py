@@ -81,14 +81,17 @@ def _gather_kernel(
             for line in range(0, min(row_bytes, PREFETCHED_BYTES), 64):
                 prefetch(data + row_bytes * ahead + line)
             row = data + row_bytes * n
+            if transform == SCALE:
+                d = part * width
+                load_piece(row, kind, d, end - d, f32_at(out + 4 * (b * D + d)))
+                continue
             for d in range(part * width, end, PIECE):
                 count = min(PIECE, end - d)
                 if transform == DEQUANTIZE:
                     _dequantize_piece(row, d, count, i64_at(seed)[0], b + example_offset, piece)
                 else:
                     load_piece(row, kind, d, count, piece)
-                    if transform == BINARIZE:
-                        binarize_piece(piece, d, count, i64_at(seed)[0], b + example_offset)
+                    binarize_piece(piece, d, count, i64_at(seed)[0], b + example_offset)
                 store_piece(piece, f32_at(out + 4 * (b * D + d)), count)
 
 
