@@ -66,7 +66,7 @@ def gpu_name(device: str) -> str | None:
 
 
 def header(bench: str, arguments: dict[str, Any], *, gpu: str | None = None) -> Record:
-    """The first line of a result file."""
+    """The first line of a result file; of a path only the name, as the file is for others to read."""
     machine = {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -80,7 +80,7 @@ def header(bench: str, arguments: dict[str, Any], *, gpu: str | None = None) -> 
         "machine": machine,
         "versions": {"python": platform.python_version(), **versions()},
         "commit": _commit(),
-        "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in arguments.items()},
+        "arguments": {name: v.name if isinstance(v, Path) else v for name, v in arguments.items()},
     }
 
 
