@@ -129,6 +129,8 @@ def _bernoulli_kernel(
     while lanes < min(PIECE, width):
         lanes *= 2
     _clear(q, lanes)
+    # a gradient that overwrites nothing is written where it belongs: a check of the addresses lets LLVM vectorise that
+    direct = grad[0] != logits[0]
     for tile in range(first_tile, last_tile):
         block, part = tile // across, tile % across
         k, b = block * height // B, block * height % B
@@ -149,13 +151,15 @@ def _bernoulli_kernel(
                 if weight[0] == 0:
                     total += _nll_piece(f32_at(l_row + 4 * d), x_piece, q, count)
                 else:
+                    to = f32_at(grad_row + 4 * d) if direct else grad_piece
                     if nll != 0:
-                        total += _nll_and_grad_piece(f32_at(l_row + 4 * d), x_piece, w, q, grad_piece, count)
+                        total += _nll_and_grad_piece(f32_at(l_row + 4 * d), x_piece, w, q, to, count)
                     else:
-                        _grad_piece(f32_at(l_row + 4 * d), x_piece, w, grad_piece, count)
-                    store_piece(grad_piece, f32_at(grad_row + 4 * d), count)
+                        _grad_piece(f32_at(l_row + 4 * d), x_piece, w, to, count)
+                    if not direct:
+                        store_piece(grad_piece, f32_at(grad_row + 4 * d), count)
                     if sums != 0:
-                        add_piece(grad_piece, f64_at(sums + 8 * (block * D + d)), count)
+                        add_piece(to, f64_at(sums + 8 * (block * D + d)), count)
                 if nll != 0 and (d + count == end or (d // PIECE + 1) % FLUSH == 0):
                     total += _log_of_product(q, lanes)
             if nll != 0:

@@ -92,6 +92,8 @@ def _gaussian_kernel(
     width: int,
 ) -> None:
     x_piece, dmu_piece, dlogvar_piece = f32_scratch(512), f32_scratch(512), f32_scratch(512)
+    # gradients that overwrite nothing are written where they belong: a check of the addresses lets LLVM vectorise that
+    direct = dlogvar[0] != 0 and dmu[0] != mu[0] and dlogvar[0] != logvar[0]
     for tile in range(first_tile, last_tile):
         block, part = tile // across, tile % across
         k, b = block * height // B, block * height % B
@@ -113,17 +115,20 @@ def _gaussian_kernel(
                 if weight[0] == 0:
                     total += _nll_piece(m, v, x_piece, count)
                 else:
+                    to_mu = f32_at(dmu_row + 4 * d) if direct else dmu_piece
+                    to_logvar = f32_at(dlogvar_row + 4 * d) if direct else dlogvar_piece
                     if nll != 0:
-                        total += _nll_and_grad_piece(m, v, x_piece, w, dmu_piece, dlogvar_piece, count)
+                        total += _nll_and_grad_piece(m, v, x_piece, w, to_mu, to_logvar, count)
                     else:
-                        _grad_piece(m, v, x_piece, w, dmu_piece, dlogvar_piece, count)
-                    store_piece(dmu_piece, f32_at(dmu_row + 4 * d), count)
-                    if dlogvar[0] != 0:
-                        store_piece(dlogvar_piece, f32_at(dlogvar_row + 4 * d), count)
+                        _grad_piece(m, v, x_piece, w, to_mu, to_logvar, count)
+                    if not direct:
+                        store_piece(dmu_piece, f32_at(dmu_row + 4 * d), count)
+                        if dlogvar[0] != 0:
+                            store_piece(dlogvar_piece, f32_at(dlogvar_row + 4 * d), count)
                     if mu_sums != 0:
-                        add_piece(dmu_piece, f64_at(mu_sums + 8 * (block * D + d)), count)
+                        add_piece(to_mu, f64_at(mu_sums + 8 * (block * D + d)), count)
                     if logvar_sums != 0:
-                        add_piece(dlogvar_piece, f64_at(logvar_sums + 8 * (block * D + d)), count)
+                        add_piece(to_logvar, f64_at(logvar_sums + 8 * (block * D + d)), count)
             if nll != 0:
                 f32_at(nll)[r * across + part] = np.float32(total)
             b += 1
