@@ -23,8 +23,9 @@ from fastvae import functional as F
 from fastvae import reference
 from fastvae._autograd import Kernels, reference_grads
 from fastvae._checks import draw_seed
+from fastvae._mlp_on_gpu import AtHand, nll_kl_gradients
 
-__all__ = ["Layers", "mlp_loss"]
+__all__ = ["AtHand", "Layers", "autograd_does_more", "mlp_loss"]
 
 # (weight [O, I], bias [O]) of each layer; all but the last are followed by the activation
 Layers = Sequence[tuple[Tensor, Tensor]]
@@ -43,34 +44,39 @@ def mlp_loss(
     beta: float | Tensor,
     example_offset: int = 0,
     write_gradients: bool = False,
-) -> tuple[Tensor, Tensor, Tensor] | None:
+    at_hand: AtHand | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor] | None:
     """(loss, nll `[B]`, kl `[B]`) for x float32 `[B, D]` in [0, 1], or None where the op by op way must be taken.
 
-    With `write_gradients` the loss has no graph: its gradients have become the `.grad` of the parameters.
+    With `write_gradients` its gradients have become the `.grad` of the parameters, and there is no loss: it is the mean
+    of nll + beta * kl. `at_hand` is what spares launches then.
     """
     parameters = [tensor for layer in (*encoder, *decoder) for tensor in layer]
     beta_needs_grad = isinstance(beta, Tensor) and beta.requires_grad
     if (
         torch.compiler.is_compiling()
-        or torch.is_autocast_enabled(x.device.type)
         or not torch.is_grad_enabled()
         or x.requires_grad
         or beta_needs_grad
         or not all(p.requires_grad and p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
         or not x.numel()
-        or (write_gradients and _autograd_does_more(parameters))
+        or (write_gradients and autograd_does_more(parameters))
     ):
         return None
     kernels, _ = F.choose_backend("mlp_loss", *parameters, x)
     if kernels is None or not hasattr(kernels, "linear_fwd"):
         return None
+    dtype = torch.float32
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if dtype != torch.bfloat16 or not hasattr(kernels, "hidden_bwd"):
+            return None
     seed = draw_seed(seed, None, x.device)
-    options = _Options(beta, example_offset, activation, len(encoder))
+    options = _Options(beta, example_offset, activation, len(encoder), dtype, at_hand)
     if not write_gradients:
         return _MLPLoss.apply(kernels, x, seed, options, *parameters)
     with torch.no_grad():
-        nll, kl = _nll_kl_gradients(kernels, x, seed, options, parameters, _own_gradients(parameters))
-        return nll.mean() + beta * kl.mean(), nll, kl
+        return None, *_nll_kl_gradients(kernels, x, seed, options, parameters, _own_gradients(parameters))
 
 
 class _Options(NamedTuple):
@@ -78,6 +84,8 @@ class _Options(NamedTuple):
     example_offset: int
     activation: str
     num_encoder_layers: int
+    dtype: torch.dtype = torch.float32  # of the products
+    at_hand: AtHand | None = None
 
 
 class _MLPLoss(Function):
@@ -115,7 +123,7 @@ class _MLPLoss(Function):
         return *constants, *gradients
 
 
-def _autograd_does_more(parameters: Sequence[Tensor]) -> bool:
+def autograd_does_more(parameters: Sequence[Tensor]) -> bool:
     """Whether there is more to a backward than one gradient for each: hooks, or one that is used twice."""
     hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
     return hooked or len({id(p) for p in parameters}) < len(parameters)
@@ -155,7 +163,11 @@ def _nll_kl_gradients(
     grads: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """nll `[B]` and kl `[B]`; the gradients of the loss go to `grads`, one of each parameter's shape."""
-    beta, example_offset, activation, num_encoder_layers = options
+    if hasattr(kernels, "hidden_bwd"):
+        # what is done in bfloat16 is said: autocast must not add to it
+        with torch.autocast(x.device.type, enabled=False):
+            return nll_kl_gradients(kernels, x, seed, parameters, grads, *options)
+    beta, example_offset, activation, num_encoder_layers, *_ = options
     B = x.shape[0]
     layers, gradients = _pairs(parameters), _pairs(grads)
     encoder, decoder = layers[:num_encoder_layers], layers[num_encoder_layers:]
@@ -217,7 +229,7 @@ def _reference_loss(
     parameters: Sequence[Tensor],
 ) -> Tensor:
     """The loss, differentiable any number of times."""
-    beta, example_offset, activation, num_encoder_layers = options
+    beta, example_offset, activation, num_encoder_layers, *_ = options
     layers = _pairs(parameters)
 
     def mlp(value: Tensor, layers: Layers) -> Tensor:

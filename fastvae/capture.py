@@ -13,6 +13,7 @@ import torch
 
 from fastvae.config import TrainConfig
 from fastvae.cpu_graph import CPUGraph
+from fastvae.functional import kernel_package
 from fastvae.step import TrainingStep
 
 __all__ = ["CapturedStep", "RecordedStep", "captured"]
@@ -26,8 +27,10 @@ def captured(step: TrainingStep, config: TrainConfig, say: Callable[[str], None]
     if not config.cuda_graph:
         return step
     if step.data.device.type == "cpu":
-        # what compiled code and other ranks do cannot be recorded
-        return step if config.compile or step.replica is not None else RecordedStep(step)
+        kernels, _ = kernel_package("cpu")
+        # what compiled code, other ranks and Triton's interpreter do cannot be recorded
+        unseen = config.compile or step.replica is not None or not (kernels is None or hasattr(kernels, "recorded"))
+        return step if unseen else RecordedStep(step)
     if config.optimizer == "adagrad":
         say("no CUDA graph: torch's Adagrad keeps its step counter on the host")
         return step

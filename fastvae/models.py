@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastvae import objectives
 from fastvae._checks import draw_seed
-from fastvae._mlp_loss import mlp_loss
+from fastvae._mlp_loss import AtHand, Layers, autograd_does_more, mlp_loss
 from fastvae.errors import FastvaeError
 from fastvae.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, is_plain
 from fastvae.nn import BernoulliLikelihood, Likelihood, likelihood_from_config
@@ -182,8 +182,8 @@ class VAE(nn.Module):
             return Loss(*wake_sleep(self, x, seed=draw_seed(seed, None, x.device), example_offset=example_offset))
         if (objective, num_samples, kl_estimator, free_bits) == tuple(FUSED.values()):
             fused = self._fused_loss(x, seed, beta, example_offset)
-            if fused is not None:
-                return fused
+            if fused is not None and fused[0] is not None:
+                return Loss(fused[0], *fused[1:])
         mu, logvar = self.encode(x)
         noise = {"seed": seed, "example_offset": example_offset}
         if objective == "iwae":
@@ -204,14 +204,16 @@ class VAE(nn.Module):
         seed: Tensor | None = None,
         beta: float | Tensor = 1.0,
         example_offset: int = 0,
+        at_hand: AtHand | None = None,
         **settings: Any,
-    ) -> Loss:
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
         """`forward` and a backward in one: the gradients of its loss become the `.grad` of the parameters.
 
-        What was there is lost, not added to. Quicker for the paper's model, for which autograd has nothing to do.
+        What was there is lost, not added to. Quicker for the paper's model, for which autograd has nothing to do: then
+        None is in the place of the loss, which is the mean of nll + beta * kl. `at_hand` is for that case alone.
         """
         if is_plain(self, VAE) and all(settings.get(name, value) == value for name, value in FUSED.items()):
-            fused = self._fused_loss(self._flat(x), seed, beta, example_offset, write_gradients=True)
+            fused = self._fused_loss(self._flat(x), seed, beta, example_offset, write_gradients=True, at_hand=at_hand)
             if fused is not None:
                 return fused
         loss = self(x, seed=seed, beta=beta, example_offset=example_offset, **settings)
@@ -219,7 +221,12 @@ class VAE(nn.Module):
         # the caller's autocast is for the forward
         with torch.autocast(x.device.type, enabled=False):
             loss.loss.sum().backward()
-        return Loss(loss.loss.detach(), loss.nll, loss.kl)
+        return loss.loss.detach(), loss.nll, loss.kl
+
+    def writes_gradients(self, **settings: Any) -> bool:
+        """Whether `write_gradients` does so without autograd, where there are kernels."""
+        fits = is_plain(self, VAE) and all(settings.get(name, value) == value for name, value in FUSED.items())
+        return fits and self._layers() is not None and not autograd_does_more(list(self.parameters()))
 
     def nll(self, z: Tensor, x: Tensor) -> Tensor:
         """-log p(x|z) `[..., B]` in nats, for z `[..., B, L]` and x `[B, D]`; an MLP decoder's output is not kept."""
@@ -233,10 +240,8 @@ class VAE(nn.Module):
             return self.likelihood.linear_loss(self.decoder.body(z), self.decoder.head, x)
         return self.likelihood.loss(self.decode(z), x)
 
-    def _fused_loss(
-        self, x: Tensor, seed: Tensor | None, beta: float | Tensor, example_offset: int, write_gradients: bool = False
-    ) -> Loss | None:
-        """The loss as one Function, of the paper's model; None for every other model, or where it cannot be used."""
+    def _layers(self) -> tuple[Layers, Layers, str] | None:
+        """Encoder, decoder and activation of the paper's model; None for every other model."""
         encoder, decoder = self.encoder, self.decoder
         if not (isinstance(encoder, MLPEncoder) and isinstance(decoder, MLPDecoder)):
             return None
@@ -245,17 +250,19 @@ class VAE(nn.Module):
         encoder_layers, decoder_layers = encoder.layers(), decoder.layers()
         if encoder_layers is None or decoder_layers is None:
             return None
-        fused = mlp_loss(
-            x,
-            encoder_layers,
-            decoder_layers,
-            activation=encoder.activation,
-            seed=seed,
-            beta=beta,
-            example_offset=example_offset,
-            write_gradients=write_gradients,
+        return encoder_layers, decoder_layers, encoder.activation
+
+    def _fused_loss(
+        self, x: Tensor, seed: Tensor | None, beta: float | Tensor, example_offset: int, **how: Any
+    ) -> tuple[Tensor | None, Tensor, Tensor] | None:
+        """The loss as one Function, of the paper's model; None for every other model, or where it cannot be used."""
+        found = self._layers()
+        if found is None:
+            return None
+        encoder, decoder, activation = found
+        return mlp_loss(
+            x, encoder, decoder, activation=activation, seed=seed, beta=beta, example_offset=example_offset, **how
         )
-        return None if fused is None else Loss(*fused)
 
     # using a trained model
 

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "begin_step",
     "bernoulli_nll",
     "binarize",
+    "end_step",
     "gather_batch",
     "gaussian_nll",
     "kl_normal",
@@ -270,3 +272,45 @@ def gaussian_nll(mu: Tensor, logvar: Tensor, x: Tensor) -> Tensor:
     mu, logvar = _widen(mu, logvar)
     x = _unit_interval(x, mu.dtype)
     return 0.5 * (LOG_2PI + logvar + (x - mu).square() * torch.exp(-logvar)).sum(-1)
+
+
+def begin_step(
+    step: Tensor,
+    key: int,
+    lr: Tensor,
+    beta: Tensor,
+    order: Tensor | None,
+    batch_size: int,
+    first: int,
+    out: tuple[Tensor, Tensor, Tensor, Tensor],
+    cast: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """What a training step reads from its counter `step` int64 `[1]`.
+
+    `out` is the seed, `key` + step, int64 `[1]`; the learning rate float32 `[]` and (beta, 1 / B, beta / B) float32
+    `[3]`, of the schedules `lr` and `beta` `[steps]`; and which examples are the batch, int64 `[B]`: B of `batch_size`,
+    from the `first` on, in the epoch's `order` int64 `[N]`. Without an order the last stays as it is. `cast` is two
+    tensors of one size, the first of which is copied into the second.
+    """
+    seed_out, lr_out, weights_out, index_out = out
+    torch.add(step, key, out=seed_out)
+    lr_out.copy_(lr.index_select(0, step).squeeze(0))
+    beta_now, B = beta.index_select(0, step), len(index_out)
+    weights_out.copy_(torch.cat((beta_now, torch.full_like(beta_now, 1.0 / B), beta_now * (1.0 / B))))
+    if order is not None:
+        start = step % (len(order) // batch_size) * batch_size + first
+        index_out.copy_(order.index_select(0, start + torch.arange(B, device=step.device)))
+    if cast is not None:
+        cast[1].copy_(cast[0])
+
+
+def end_step(step: Tensor, loss: Tensor | None, nll: Tensor, kl: Tensor, beta: Tensor, metrics: Tensor) -> None:
+    """Writes (loss, mean nll, mean kl) to row `step` mod R of `metrics` float32 `[R, 3]`, and adds 1 to `step`.
+
+    `nll` and `kl` are float32 `[B]`; without a `loss`, of one element, it is nll + `beta` `[1]` * kl.
+    """
+    nll_mean, kl_mean = nll.mean(), kl.mean()
+    loss = nll_mean + beta.squeeze(0) * kl_mean if loss is None else loss.sum()
+    row = torch.stack([loss, nll_mean, kl_mean])
+    metrics.index_copy_(0, step % len(metrics), row.unsqueeze(0))
+    step += 1

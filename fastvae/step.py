@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from fastvae import functional as F
 from fastvae import reference
+from fastvae._mlp_loss import AtHand
 from fastvae.config import TrainConfig
 from fastvae.distributed import ALONE, Ranks, Replica
+from fastvae.flat_adam import FlatAdam, can_be_flat
 from fastvae.models import VAE, Loss
 from fastvae.optim import Adam
 from fastvae.stream import BatchStream
@@ -50,7 +52,8 @@ def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter], num_trai
             parameters, lr=torch.tensor(config.lr), weight_decay=weight_decay, fused=device.type == "cpu" or None
         )
     lr = torch.tensor(config.lr, device=device)
-    return Adam(parameters, lr=lr, eps=config.adam_eps, weight_decay=weight_decay)
+    adam = FlatAdam if can_be_flat(parameters) else Adam
+    return adam(parameters, lr=lr, eps=config.adam_eps, weight_decay=weight_decay)
 
 
 def _schedules(
@@ -102,10 +105,18 @@ class TrainingStep:
         self.steps_per_epoch = len(data) // config.batch_size
         self.lr, self.beta = _schedules(config, num_steps, self.steps_per_epoch, device)
         self.key = stream_seed(config.seed)
-        self.batch = torch.arange(self.first, end, device=device)
         self.epoch = -1
-        self.order = torch.empty(len(data) if isinstance(data, Tensor) else 0, dtype=torch.int64, device=device)
+        self.order = torch.empty(len(data), dtype=torch.int64, device=device) if isinstance(data, Tensor) else None
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        # of the present step, all made from its number
+        self.seed = torch.zeros(1, dtype=torch.int64, device=device)
+        self.lr_now, self.weights = torch.zeros((), device=device), torch.zeros(3, device=device)
+        self.index = torch.arange(end - self.first, device=device)
+        if isinstance(optimizer, FlatAdam):
+            optimizer.count_with(self.step)
+            if config.precision == "bf16":
+                self.low = torch.empty_like(optimizer.parameters, dtype=torch.bfloat16)
+                self.low_parameters = optimizer.views(self.low)
         self.metrics = torch.zeros(config.log_every, 3, device=device)
         # a cache of cast weights would outlive the step that a graph replays
         self.autocast = torch.autocast(
@@ -128,24 +139,36 @@ class TrainingStep:
     def start_epoch(self, epoch: int) -> None:
         """Make the order of an epoch's examples: a function of (seed, epoch)."""
         key = torch.tensor([self.key], device=self.data.device) + epoch
+        assert self.order is not None
         self.order.copy_(reference.permutation(key, len(self.data)))
         self.epoch = epoch
 
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        """Data on the device, and which of its rows are the step's batch."""
-        if isinstance(self.data, BatchStream):
-            return self.data.batch, self.data.index
-        position = self.step % self.steps_per_epoch * self.config.batch_size + self.batch
-        return self.data, self.order.index_select(0, position)
+    def _in_place(self) -> FlatAdam | None:
+        """The optimiser, where the gradients can be written to the place at which it reads them."""
+        if not isinstance(self.optimizer, FlatAdam) or self.forward is not self.model:
+            return None
+        return self.optimizer if self.model.writes_gradients(**self.objective()) else None
+
+    def _begin(self, kernels: Any, cast: tuple[Tensor, Tensor] | None) -> None:
+        """Seed, learning rate, KL weight and examples of this step; copies the first of `cast` into the second."""
+        group = self.optimizer.param_groups[0]
+        # Adagrad's may lie on the host
+        lr = group["lr"] if group["lr"].device == self.step.device else self.lr_now
+        out = self.seed, lr, self.weights, self.index
+        kernels.begin_step(
+            self.step, self.key, self.lr, self.beta, self.order, self.config.batch_size, self.first, out, cast
+        )
+        if lr is self.lr_now:
+            group["lr"].copy_(lr)
 
     def objective(self) -> dict[str, Any]:
         """What the loss module is told about this step's loss, the KL weight a device scalar."""
         settings = self.config.objective_settings
         if self.config.objective == "elbo":
-            settings |= {"beta": self.beta.index_select(0, self.step), "free_bits": self.config.free_bits}
+            settings |= {"beta": self.weights[:1], "free_bits": self.config.free_bits}
         return settings
 
-    def write_gradients(self, x: Tensor, **settings: Any) -> Loss:
+    def write_gradients(self, x: Tensor, **settings: Any) -> tuple[Tensor | None, Tensor, Tensor]:
         """Forward and backward of the loss module, as DistributedDataParallel and torch.compile need it, or faster."""
         with self.autocast:
             if self.forward is self.model:
@@ -153,24 +176,36 @@ class TrainingStep:
             loss = Loss(*self.forward(x, **settings))
         self.optimizer.zero_grad(set_to_none=True)
         loss.loss.sum().backward()
-        return loss
+        return loss.loss.detach(), loss.nll, loss.kl
 
     def __call__(self) -> None:
-        config, step = self.config, self.step
-        seed = step + self.key
-        x = F.gather_batch(*self._rows(), transform=config.transform, seed=seed, example_offset=self.first)
-        loss, nll, kl = self.write_gradients(x, seed=seed, example_offset=self.first, **self.objective())
+        config, adam = self.config, self._in_place()
+        kernels, _ = F.kernel_package(self.step.device.type)
+        kernels = reference if kernels is None else kernels
+        data = self.data if isinstance(self.data, Tensor) else self.data.batch
+        settings = {"seed": self.seed, "example_offset": self.first, **self.objective()}
+        cast, dtype = None, torch.float32
+        if adam is not None:
+            adam.lend_gradients()
+            # where pixels are not drawn, the likelihood reads them in their own type, and none is rounded
+            rows = (data, self.index) if config.transform == "scale" else None
+            if config.precision == "bf16":
+                cast, dtype = (adam.parameters, self.low), self.low.dtype
+            settings["at_hand"] = AtHand(self.weights[1:], rows, self.low_parameters if cast else None)
+        self._begin(kernels, cast)
+        x = F.gather_batch(
+            data, self.index, transform=config.transform, seed=self.seed, example_offset=self.first, dtype=dtype
+        )
+        loss, nll, kl = self.write_gradients(x, **settings)
         if config.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"].copy_(self.lr.index_select(0, step).squeeze(0))
         self.optimizer.step()
         if self.replica is None:
-            row = torch.stack([loss.detach().sum(), nll.mean(), kl.mean()])
+            kernels.end_step(self.step, loss, nll, kl, self.weights[:1], self.metrics)
         else:
             row = self.replica.take_metrics()
-        self.metrics.index_copy_(0, step % config.log_every, row.unsqueeze(0))
-        step += 1
+            self.metrics.index_copy_(0, self.step % config.log_every, row.unsqueeze(0))
+            self.step += 1
 
 
 @contextlib.contextmanager

@@ -145,7 +145,6 @@ class BatchStream:
         self.part = ranks.part(batch_size)
         shape = (self.part[1] - self.part[0], rows.array.shape[1])
         self.batch = torch.zeros(shape, dtype=rows.dtype, device=device)
-        self.index = torch.arange(shape[0], device=device)
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.thread: threading.Thread | None = None
         self.empty: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()

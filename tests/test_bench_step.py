@@ -17,7 +17,7 @@ from bench import records
 from bench.static.capture import HostOp, _HostOps, multi_tensor_launches
 
 # launches, MB: of the whole step at 784-500-20, batch 4096
-LIMITS = {"float32": (49, 297.0), "bf16": (72, 235.0)}
+LIMITS = {"float32": (20, 270.5), "bf16": (20, 157.5)}
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from fastvae.flat_adam import FlatAdam, can_be_flat
 from fastvae.optim import Adam
-from tests.op_checks import assert_accurate, randn
+from tests.op_checks import DEVICE, assert_accurate, load_backend, randn
 
 SHAPES = [(17, 1000), (17,), (1,), (3, 5)]
 
@@ -85,3 +86,93 @@ def test_a_graph_of_the_old_values_is_noticed() -> None:
     Adam([p], lr=torch.tensor(0.01)).step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.fixture
+def flat(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_backend("triton")
+    monkeypatch.setenv("FASTVAE_BACKEND", "triton")
+
+
+def flat_pair(weight_decay: float = 0.1) -> tuple[list[nn.Parameter], FlatAdam, list[nn.Parameter], torch.optim.Adam]:
+    """The same parameters twice, with our optimiser and with torch's."""
+    ours, theirs = ([nn.Parameter(p.detach().to(DEVICE)) for p in parameters()] for _ in range(2))
+    lr = torch.tensor(0.01, device=DEVICE)
+    assert can_be_flat(ours)
+    adam = torch.optim.Adam(theirs, lr=lr, weight_decay=weight_decay, fused=True)
+    return ours, FlatAdam(ours, lr=lr, eps=1e-8, weight_decay=weight_decay), theirs, adam
+
+
+def take_pairs(pair: tuple[list[nn.Parameter], FlatAdam, list[nn.Parameter], torch.optim.Adam], steps: range) -> None:
+    """Steps with the same gradients; where the buffer has a place for them, and elsewhere."""
+    ours, flat_adam, theirs, adam = pair
+    for step in steps:
+        for p in ours:
+            p.grad = torch.empty_like(p)
+        if step % 2:
+            flat_adam.lend_gradients()
+        for n, (p, q) in enumerate(zip(ours, theirs)):
+            q.grad = randn(*q.shape, seed=100 * step + n, device=DEVICE, scale=10.0 ** (n - 3))
+            assert p.grad is not None
+            p.grad.copy_(q.grad)
+        flat_adam.step()
+        adam.step()
+
+
+@pytest.mark.usefixtures("flat")
+def test_steps_in_one_buffer_are_torchs() -> None:
+    pair = flat_pair()
+    before = [p.detach().clone() for p in pair[0]]
+    take_pairs(pair, range(1, 8))
+    for p, q, b in zip(pair[0], pair[2], before):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(p, b)
+    storages = {p.untyped_storage().data_ptr() for p in pair[0]}
+    assert storages == {pair[1].parameters.untyped_storage().data_ptr()}
+
+
+@pytest.mark.usefixtures("flat")
+def test_state_in_one_buffer_is_torchs_state() -> None:
+    pair = flat_pair()
+    take_pairs(pair, range(1, 4))
+    states = [copy.deepcopy(optimizer.state_dict()) for optimizer in (pair[1], pair[3])]
+    for n, state in states[0]["state"].items():
+        torch.testing.assert_close(state, states[1]["state"][n], rtol=1e-5, atol=1e-9)
+    # a new one goes on from there, as does torch's from ours
+    again = flat_pair()
+    with torch.no_grad():
+        for p, q in zip(again[0] + again[2], pair[0] + pair[2]):
+            p.copy_(q)
+    again[1].load_state_dict(states[1])
+    again[3].load_state_dict(states[0])
+    take_pairs(pair, range(4, 7))
+    take_pairs(again, range(4, 7))
+    for p, q in zip(pair[0] + pair[2], again[0] + again[2]):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.usefixtures("flat")
+def test_a_parameter_without_a_gradient_does_not_take_the_step() -> None:
+    ours, flat_adam, theirs, adam = pair = flat_pair()
+    take_pairs(pair, range(1, 3))
+    for missing in (True, False, False):
+        for n, (p, q) in enumerate(zip(ours, theirs)):
+            q.grad = None if missing and n == 2 else torch.ones_like(q)
+            p.grad = q.grad
+        flat_adam.step()
+        adam.step()
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    assert [int(flat_adam.state_dict()["state"][n]["step"]) for n in range(4)] == [5, 5, 4, 5]
+
+
+@pytest.mark.usefixtures("flat")
+def test_the_trainer_counts_the_steps() -> None:
+    ours, flat_adam, _, _ = flat_pair()
+    taken = torch.tensor([6], device=DEVICE)
+    flat_adam.count_with(taken)
+    for p in ours:
+        p.grad = torch.ones_like(p)
+    flat_adam.step()
+    assert int(taken) == 6
+    assert int(flat_adam.state_dict()["state"][0]["step"]) == 6

@@ -189,6 +189,49 @@ def _layer(dtype_name: str, data_name: str, B: int, H: int, D: int, main: bool) 
     return Case("linear_bernoulli_nll fwd", both, (B, H, D), "linear_bernoulli_nll_fwd", arguments, main, precision)
 
 
+def _part(width: int) -> Tensor:
+    """Where partial sums for the biases of 784-500-20 go: a part of `ColumnSums`."""
+    return torch.empty(64, 1824)[:, 500 : 500 + width]
+
+
+def _backward(dtype_name: str, B: int, main: bool) -> Iterator[Case]:
+    """Of the paper's MLP: gradients whose column sums are left for a launch that adds up all of them."""
+    dtype = FLOATS[dtype_name]
+
+    def tile(columns: int) -> Tensor:
+        return torch.empty(B, columns, dtype=dtype)
+
+    def latents() -> tuple[Any, ...]:
+        encoded, dout = tile(40), tile(40)
+        return tile(20), torch.empty(()).expand(B), *encoded.chunk(2, 1), _seed(), 0, 0, dout.chunk(2, 1), _part(40)
+
+    def narrow() -> tuple[Any, ...]:
+        weight, dweight = torch.empty(40, 500, dtype=dtype), torch.empty(40, 500, dtype=dtype)
+        return tile(40), tile(500), weight, "relu", dweight, _part(500)
+
+    yield Case("reparameterize_kl bwd, column sums", dtype_name, (B, 20), "reparameterize_kl_bwd", latents, main)
+    yield Case("hidden_bwd relu, narrow", dtype_name, (B, 500), "hidden_bwd", narrow, main)
+
+
+def _step(what: str, B: int, num_parameters: int) -> Case:
+    def begin() -> tuple[Any, ...]:
+        cast = torch.empty(num_parameters), torch.empty(num_parameters, dtype=torch.bfloat16)
+        out = _seed(), torch.empty(()), torch.empty(3), torch.empty(B, dtype=torch.int64)
+        # as many examples as the batch takes: each is read once
+        return _seed(), 0, torch.empty(1), torch.empty(1), torch.arange(B), B, 0, out, cast
+
+    def end() -> tuple[Any, ...]:
+        return _seed(), None, torch.empty(B), torch.empty(B), torch.empty(1), torch.empty(1, 3)
+
+    def adam() -> tuple[Any, ...]:
+        buffers = torch.empty(4, num_parameters).unbind()
+        return *buffers, _seed(), torch.empty(()), (0.9, 0.999), 1e-8, 0.0
+
+    function, arguments = {"begin": ("begin_step", begin), "end": ("end_step", end), "adam": ("adam_flat_", adam)}[what]
+    size = (num_parameters,) if what == "adam" else (B, num_parameters) if what == "begin" else (B,)
+    return Case(function, "fp32", size, function, arguments, True)
+
+
 def cases() -> list[Case]:
     """All cases; names are unique."""
     found = [_words(*LATENT_SHAPES[0])]
@@ -204,4 +247,6 @@ def cases() -> list[Case]:
         found += [_activation(dtype, B, D, i == 0) for dtype in ("fp32", "bf16")]
     for i, shape in enumerate(LAYER_SHAPES):
         found += [_layer(prediction, data, *shape, i == 0) for prediction, data in LAYER_PAIRS]
-    return found
+    found += [case for dtype in ("fp32", "bf16") for case in _backward(dtype, 4096, True)]
+    # the parameters of 784-500-20
+    return [*found, *(_step(what, 4096, 815_824) for what in ("begin", "end", "adam"))]

@@ -25,13 +25,16 @@ if TYPE_CHECKING:
     from .reparameterize_kl import reparameterize_kl_bwd, reparameterize_kl_fwd
     from .reparameterize_log_ratio import reparameterize_log_ratio_bwd, reparameterize_log_ratio_fwd
     from .scale import scale_
+    from .step import begin_step, end_step
 
 __all__ = [
     "activation_bwd_",
     "adam_",
+    "begin_step",
     "bernoulli_nll_bwd",
     "bernoulli_nll_fwd",
     "bernoulli_nll_with_grad",
+    "end_step",
     "gather_batch",
     "gaussian_nll_bwd",
     "gaussian_nll_fwd",
@@ -65,6 +68,8 @@ def __getattr__(name: str) -> Any:
         "scale_": "scale",
         "adam_": "adam",
         "activation_bwd_": "linear",
+        "begin_step": "step",
+        "end_step": "step",
     }.get(name, name)
     for suffix in ("_fwd", "_bwd", "_with_grad"):
         module = module.removesuffix(suffix)

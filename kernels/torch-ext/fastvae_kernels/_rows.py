@@ -13,6 +13,9 @@ fixed rules of (R, D): a kernel bound by memory needs enough loads in flight, 16
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +26,7 @@ from torch import Tensor
 from ._layout import Rows, as_rows, device_guard, grid_1d
 
 _PROGRAMS = 512  # about four for each multiprocessor of the largest GPUs
+_GROUPS = 64
 _LONG = 16384  # elements of a row that may be split
 
 
@@ -66,17 +70,18 @@ def row_walk(num_rows: int, num_elements: int, itemsize: int) -> Walk:
     return Walk(rows, cols, max(4, triton.next_power_of_2(tail)) if tail else 0, groups, 1, splits, chunks, warps=4)
 
 
-def column_walk(num_rows: int, num_elements: int, itemsize: int) -> Walk:
+def column_walk(num_rows: int, num_elements: int, itemsize: int, groups: int | None = None) -> Walk:
     """Down the columns, in tiles that bring 32 bytes of predictions to each thread.
 
     No more programs than keep a GPU busy: about one for each multiprocessor of the largest, of 32-bit values two. P
     programs leave 4 (splits R + groups D) bytes of partial sums, at least 8 sqrt(P R D), to be read again.
+    There are `groups` groups of rows if that is given; the last ones may then have nothing to do.
     """
     cols = max(4, min(128, triton.next_power_of_2(num_elements)))
     rows = min(8192 // itemsize // cols, triton.next_power_of_2(num_rows))
     splits, all_tiles = triton.cdiv(num_elements, cols), triton.cdiv(num_rows, rows)
-    tiles = triton.cdiv(all_tiles, triton.cdiv(64 * itemsize, splits))
-    return Walk(rows, cols, 0, triton.cdiv(all_tiles, tiles), tiles, splits, 1, warps=8)
+    tiles = triton.cdiv(all_tiles, groups or triton.cdiv(64 * itemsize, splits))
+    return Walk(rows, cols, 0, groups or triton.cdiv(all_tiles, tiles), tiles, splits, 1, warps=8)
 
 
 def output_rows(out: Tensor) -> Rows:
@@ -133,17 +138,20 @@ def _sum_partials_kernel(
         _sum_columns(second_ptr, second_out_ptr, block - blocks, second_height, second_width, HEIGHT, WIDTH)
 
 
-def sum_partials(first: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def sum_partials(
+    first: Tensor, second: Tensor | None = None, second_out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """The sums over dimension 0 of one or two contiguous float32 tensors `[height, ...]`, in one launch.
 
-    A tensor of one row is its own sum, as a view.
+    A tensor of one row is its own sum, as a view, unless there is a place for it, `second_out`.
     """
-    if second is not None and len(second) == 1:
+    if second_out is None and second is not None and len(second) == 1:
         return sum_partials(first)[0], second[0]
-    if len(first) == 1:
+    if second_out is None and len(first) == 1:
         return first[0], None if second is None else sum_partials(second)[0]
     out = torch.empty(first.shape[1:], dtype=torch.float32, device=first.device)
-    second_out = None if second is None else torch.empty(second.shape[1:], dtype=torch.float32, device=first.device)
+    if second is not None and second_out is None:
+        second_out = torch.empty(second.shape[1:], dtype=torch.float32, device=first.device)
     height, width = first.shape[0], out.numel()
     second_height, second_width = (0, 0) if second is None else (second.shape[0], second[0].numel())
     block = 32
@@ -153,3 +161,40 @@ def sum_partials(first: Tensor, second: Tensor | None = None) -> tuple[Tensor, T
             first, out, second, second_out, height, width, second_height, second_width, HEIGHT=64, WIDTH=block
         )
     return out, second_out
+
+
+class ColumnSums:
+    """Where kernels leave the column sums of several matrices of `num_rows` rows, the gradients of biases.
+
+    They write partial sums into `parts`, `[groups, D]` each and side by side in one buffer; `finish` adds them up, all
+    in one launch.
+    """
+
+    def __init__(self, outs: Sequence[Tensor], num_rows: int) -> None:
+        """`outs`: what the sums are written to, contiguous float32 `[D]` each."""
+        self.outs = outs
+        ends = list(itertools.accumulate(out.numel() for out in outs))
+        starts = [0, *ends[:-1]]
+        groups = max(1, min(_GROUPS, triton.cdiv(num_rows, 16)))
+        self.partial = torch.empty(groups, ends[-1], dtype=torch.float32, device=outs[0].device)
+        self.parts = [self.partial[:, start:end] for start, end in zip(starts, ends)]
+        place = outs[0].untyped_storage().data_ptr(), outs[0].storage_offset()
+        self.adjacent = all(
+            (out.untyped_storage().data_ptr(), out.storage_offset() - start) == place
+            for start, out in zip(starts, outs)
+        )
+
+    def finish(self, nll: Tensor) -> Tensor:
+        """The sums `[B]` of partial losses `[splits, B]`; those of the columns go where they are wanted."""
+        if self.adjacent:
+            return sum_partials(nll, self.partial, self.outs[0].as_strided(self.partial.shape[1:], (1,)))[0]
+        losses, sums = sum_partials(nll, self.partial)
+        assert sums is not None
+        torch._foreach_copy_(list(self.outs), [sums[p.storage_offset() :][: p.shape[1]] for p in self.parts])
+        return losses
+
+
+def sums_layout(column_sum: Tensor) -> tuple[int, int]:
+    """(stride in units of the width, width) of partial sums `[groups, D]`, see `vector_width`."""
+    width = math.gcd(16, column_sum.stride(0))
+    return column_sum.stride(0) // width, width

@@ -61,12 +61,17 @@ def draw_chunks(num_draws: int, tiles: Tiles, least: int) -> tuple[int, int]:
     return triton.cdiv(num_draws, draws), draws
 
 
-def column_bands(num_rows: int, num_elements: int) -> Tiles:
-    """For sums down the columns: a program keeps to one tile of columns and walks down at least 128 rows of it."""
+def column_bands(num_rows: int, num_elements: int, groups: int | None = None) -> Tiles:
+    """For sums down the columns: a program keeps to one tile of columns and walks down at least 128 rows of it.
+
+    There are `groups` groups of programs if that is given; the last ones may then have nothing to do.
+    """
     size = _tile_size(num_rows, num_elements)
     cols = max(4, min(_BAND, triton.next_power_of_2(num_elements)))
     rows = min(size // cols, triton.next_power_of_2(num_rows))
     row_tiles, splits = triton.cdiv(num_rows, rows), triton.cdiv(num_elements, cols)
+    if groups is not None:
+        return Tiles(rows, cols, groups, triton.cdiv(row_tiles, groups), splits, 1)
     groups = max(1, min(triton.cdiv(num_rows, 128), triton.cdiv(2 * _PROGRAMS, splits)))
     tiles = triton.cdiv(row_tiles, groups)
     return Tiles(rows, cols, triton.cdiv(row_tiles, tiles), tiles, splits, 1)

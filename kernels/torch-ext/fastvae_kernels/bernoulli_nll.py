@@ -25,7 +25,7 @@ from ._data import as_bytes, binarize, unit_interval
 from ._layout import Rows, as_rows, device_guard, grid_1d, merge_rows, vector_width
 from ._math import exponential
 from ._philox import load_key
-from ._rows import column_walk, locate_rows, output_rows, row_walk, sum_partials
+from ._rows import column_walk, locate_rows, output_rows, row_walk, sum_partials, sums_layout
 
 # a padded logit: with x = 0 it costs max(l, 0) - x l = 0 and e = 0, exactly, in every dtype
 _PADDING = tl.constexpr(-60000.0)
@@ -33,7 +33,7 @@ _PADDING = tl.constexpr(-60000.0)
 _UNSPECIALISED = [
     *("num_rows", "num_examples", "num_elements", "tiles", "splits", "chunks", "example_offset"),
     *("logits_stride_k", "logits_stride_b", "x_stride_k", "x_stride_b"),
-    *("weight_stride_k", "weight_stride_b", "dlogits_stride_k", "dlogits_stride_b"),
+    *("weight_stride_k", "weight_stride_b", "dlogits_stride_k", "dlogits_stride_b", "sum_stride"),
 ]
 
 
@@ -148,6 +148,7 @@ def _bernoulli_nll_kernel(
     logits_ptr,  # [K, B, D]
     x_ptr,  # [K, B, D]
     weight_ptr,  # [K, B]; not read without the gradient
+    index_ptr,  # [B]: the row of x that belongs to example b; None for its own
     seed_ptr,  # [1], or None for the data as it is
     nll_ptr,  # [splits, K * B], or None without the loss
     dlogits_ptr,  # [K, B, D], or None without the gradient
@@ -166,18 +167,23 @@ def _bernoulli_nll_kernel(
     dlogits_stride_k,
     dlogits_stride_b,
     dlogits_stride_d,
+    sum_stride,
     tiles,
     splits,
     chunks,
     example_offset: tl.int64,
     WIDTH: tl.constexpr,
+    SUM_WIDTH: tl.constexpr,
     LEVELS: tl.constexpr,
     SAMPLES: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """See `_rows` for the walk. `num_elements` and the strides k and b of all but the weight count units of WIDTH."""
+    """See `_rows` for the walk.
+
+    `num_elements` and the strides k and b of all but the weight count units of WIDTH, `sum_stride` of SUM_WIDTH.
+    """
     BINARIZE: tl.constexpr = seed_ptr is not None
     SUMS: tl.constexpr = column_sum_ptr is not None
     # as many neighbours as one 128-bit access of the logits brings
@@ -205,7 +211,8 @@ def _bernoulli_nll_kernel(
         in_rows = row < num_rows
         example = b + example_offset
         logits_row = logits_ptr + (k * logits_stride_k + b * logits_stride_b) * WIDTH
-        x_row = x_ptr + (k * x_stride_k + b * x_stride_b) * WIDTH
+        x_b = b if index_ptr is None else tl.load(index_ptr + b, in_rows, other=0)
+        x_row = x_ptr + (k * x_stride_k + x_b * x_stride_b) * WIDTH
         dlogits_row = None
         weight = 0.0
         if dlogits_ptr is not None:
@@ -243,7 +250,8 @@ def _bernoulli_nll_kernel(
 
     if SUMS:
         col = split * COLS + tl.arange(0, COLS)[None, :]
-        tl.store(column_sum_ptr + group * D + col, tl.sum(column_sum, axis=0, keep_dims=True), col < D)
+        sum_row = column_sum_ptr + group * sum_stride * SUM_WIDTH
+        tl.store(sum_row + col, tl.sum(column_sum, axis=0, keep_dims=True), col < D)
 
 
 def _launch(
@@ -255,29 +263,39 @@ def _launch(
     dlogits: Tensor | None,
     *,
     loss: bool,
-    column_sums: bool = False,
+    column_sums: bool | Tensor = False,
+    index: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """One pass over logits and x: (nll, column sums) as far as they are wanted, and the gradient into `dlogits`."""
+    """One pass over logits and x: (nll, column sums) as far as they are wanted, and the gradient into `dlogits`.
+
+    With a tensor for the column sums both are left as partial sums, those of nll `[splits, *leading]`.
+    """
     *leading, D = logits.shape
     x, levels = as_bytes(x)
     rows = [as_rows(logits), as_rows(x), as_rows(logits) if dlogits is None else output_rows(dlogits)]
     width = vector_width(D, *rows)
     rows.append(Rows(logits, 0, 0, 0) if weight is None else as_rows(weight, event=False))
-    if binarize_seed is None:
+    if binarize_seed is None and index is None:
         K, B, rows = merge_rows(logits.shape, *rows)
     else:
         K, B = math.prod(leading[:-1]), leading[-1] if leading else 1
     # the generator needs registers: fewer elements per thread then
     itemsize = 4 if binarize_seed is not None else logits.element_size()
-    walk = (column_walk if column_sums else row_walk)(K * B, D, itemsize)
+    given = column_sums if isinstance(column_sums, Tensor) else None
+    if given is not None or column_sums:
+        walk = column_walk(K * B, D, itemsize, None if given is None else len(given))
+    else:
+        walk = row_walk(K * B, D, itemsize)
     nll = logits.new_empty((walk.splits, *leading), dtype=torch.float32) if loss else None
-    column_sum = logits.new_empty((walk.groups, D), dtype=torch.float32) if column_sums else None
+    column_sum = logits.new_empty((walk.groups, D), dtype=torch.float32) if column_sums is True else given
+    sum_stride, sum_width = (0, 1) if column_sum is None else sums_layout(column_sum)
     logits_rows, x_rows, dlogits_rows, weight_rows = rows
     with device_guard(logits):
         _bernoulli_nll_kernel[grid_1d(walk.groups, walk.splits)](
             logits_rows.tensor,
             x_rows.tensor,
             None if weight is None else weight_rows.tensor,
+            index,
             binarize_seed,
             nll,
             dlogits,
@@ -290,11 +308,13 @@ def _launch(
             weight_rows.stride_k,
             weight_rows.stride_b,
             *dlogits_rows.strides_in(width),
+            sum_stride,
             walk.tiles,
             walk.splits,
             walk.chunks,
             example_offset,
             WIDTH=width,
+            SUM_WIDTH=sum_width,
             LEVELS=levels,
             SAMPLES=K > 1,
             ROWS=walk.rows,
@@ -304,6 +324,8 @@ def _launch(
         )
     if nll is None:
         return None, None
+    if given is not None:
+        return nll, None
     return sum_partials(nll, column_sum)
 
 
@@ -332,20 +354,23 @@ def bernoulli_nll_with_grad(
     row_weight: Tensor,
     binarize_seed: Tensor | None,
     example_offset: int,
-    column_sums: bool,
+    column_sums: bool | Tensor,
     out: Tensor | None = None,
+    index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(nll, dlogits, column sums `[D]` float32 or None) in one pass: dlogits = row_weight * (sigmoid(logits) - x).
 
     `row_weight` is float32 `[*leading]`; the column sums are those of dlogits over the rows, the gradient of the output
-    layer's bias. `out` takes dlogits, and may be `logits` itself.
+    layer's bias. `out` takes dlogits, and may be `logits` itself. With a part of `ColumnSums` for the column sums,
+    partial sums go there, and nll is `[splits, *leading]`, for its `finish`. With `index` int64 `[B]` the data of
+    example b is row index[b] of x `[N, D]`.
     """
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
     if not logits.numel():
         nll = logits.new_zeros(logits.shape[:-1], dtype=torch.float32)
         return nll, dlogits, logits.new_zeros(logits.shape[-1], dtype=torch.float32) if column_sums else None
     losses, column_sum = _launch(
-        logits, x, row_weight, binarize_seed, example_offset, dlogits, loss=True, column_sums=column_sums
+        logits, x, row_weight, binarize_seed, example_offset, dlogits, loss=True, column_sums=column_sums, index=index
     )
     assert losses is not None
     return losses, dlogits, column_sum
