@@ -79,7 +79,7 @@ def _schedules(
 
 
 class TrainingStep:
-    """Calling it takes one step, `prepare(number)` before it does what the host has to do for step `number`.
+    """Calling it takes one step and returns 1; `prepare(number)` before does what the host has to do for step `number`.
 
     `data` is the whole training set `[N, D]` on the device, or a stream of its batches. Of each batch the step takes
     this rank's part, its noise indexed by the example's place in the whole batch.
@@ -136,6 +136,10 @@ class TrainingStep:
         elif number // self.steps_per_epoch != self.epoch:
             self.start_epoch(number // self.steps_per_epoch)
 
+    def ahead(self, number: int) -> int:
+        """How many steps from `number` on need the host only once, for the first of them."""
+        return 1 if isinstance(self.data, BatchStream) else self.steps_per_epoch - number % self.steps_per_epoch
+
     def start_epoch(self, epoch: int) -> None:
         """Make the order of an epoch's examples: a function of (seed, epoch)."""
         key = torch.tensor([self.key], device=self.data.device) + epoch
@@ -178,7 +182,7 @@ class TrainingStep:
         loss.loss.sum().backward()
         return loss.loss.detach(), loss.nll, loss.kl
 
-    def __call__(self) -> None:
+    def __call__(self, most: int = 1) -> int:
         config, adam = self.config, self._in_place()
         kernels, _ = F.kernel_package(self.step.device.type)
         kernels = reference if kernels is None else kernels
@@ -206,6 +210,7 @@ class TrainingStep:
             row = self.replica.take_metrics()
             self.metrics.index_copy_(0, self.step % config.log_every, row.unsqueeze(0))
             self.step += 1
+        return 1
 
 
 @contextlib.contextmanager

@@ -99,11 +99,10 @@ def _train(config: TrainConfig, run: Run | None, ranks: Ranks) -> Path:
         writer = stack.enter_context(CheckpointWriter())
         meet, saved_at = Meetings(ranks, done), time.monotonic()
         progress.say(f"{say}\nnumbers are nats per example ({config.nll_label})")
-        take_step = captured(step, config, progress.say)
-        for number in range(done, num_steps):
-            step.prepare(number)
-            take_step()
-            done = number + 1
+        take_steps = captured(step, config, progress.say)
+        while done < num_steps:
+            step.prepare(done)
+            done += take_steps(min(step.ahead(done), steps_until_due(config, done), num_steps - done))
             epoch, end_of_epoch = done / steps_per_epoch, done % steps_per_epoch == 0
             stop, save_to = meet(done, signals[0] if signals else 0), []
 
@@ -214,6 +213,11 @@ def build_model(config: TrainConfig, data_shape: tuple[int, ...]) -> VAE:
         activation=config.activation,
         likelihood=likelihood,
     )
+
+
+def steps_until_due(config: TrainConfig, done: int) -> int:
+    """Steps from `done` on until the next metrics are logged or the next checkpoint is due by its number of steps."""
+    return min(every - done % every for every in (config.log_every, config.checkpoint_every) if every is not None)
 
 
 def is_due(config: TrainConfig, done: int, end_of_epoch: bool, saved_at: float) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastvae.capture import WARM_UP, CapturedStep, RecordedStep, captured
+from fastvae.capture import GROUP, WARM_UP, CapturedStep, RecordedStep, captured
 from fastvae.config import TrainConfig
 from fastvae.cpu_graph import LARGEST_BYTES, CPUGraph
 from fastvae.step import TrainingStep, make_optimizer
@@ -138,6 +138,26 @@ def test_100_replayed_steps_are_100_eager_steps_bit_for_bit(variant: str) -> Non
     config = VARIANTS[variant]
     graph = CapturedStep(make_step(config, "cuda"), print)
     assert_replays_are_eager_steps(graph, make_step(config, "cuda"), 100)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("variant", ["binarized", "bf16", "gaussian"])
+def test_groups_of_replayed_steps_are_eager_steps_bit_for_bit(variant: str) -> None:
+    config = VARIANTS[variant]
+    graph, eager = CapturedStep(make_step(config, "cuda"), print), make_step(config, "cuda")
+    done, taken = 0, set()
+    while done < 100:
+        for step in (graph.step, eager):
+            step.prepare(done)
+        count = graph(graph.step.ahead(done))
+        for _ in range(count):
+            eager()
+        taken.add(count)
+        done += count
+    assert taken == {1, GROUP}
+    assert torch.equal(graph.step.metrics, eager.metrics)
+    for a, b in zip(graph.step.model.parameters(), eager.model.parameters()):
+        assert torch.equal(a, b)
 
 
 def assert_replays_are_eager_steps(graph: CapturedStep | RecordedStep, eager: TrainingStep, steps: int) -> None:

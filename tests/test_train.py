@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,27 @@ def test_checkpoint_and_log_intervals_change_nothing(tmp_path: Path) -> None:
     other = train(dataclasses.replace(SMALL, out=tmp_path / "other", log_every=7, eval_every=2))
     a, b = final(one), final(other)
     assert all(torch.equal(a[name], b[name]) for name in a if name.startswith(("model.", "optimizer.")))
+
+
+def test_steps_that_are_taken_several_at_a_time_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 14 steps an epoch; intervals at which the host wants to look
+    config = dataclasses.replace(SMALL, log_every=5, checkpoint_every=11, max_steps=40)
+    one = train(dataclasses.replace(config, out=tmp_path / "one"))
+    taken: list[int] = []
+
+    def in_groups(step: TrainingStep, *_: Any) -> Callable[[int], int]:
+        def take(most: int) -> int:
+            count = min(most, 4)
+            taken.append(sum(step() for _ in range(count)))
+            return count
+
+        return take
+
+    monkeypatch.setattr("fastvae.train.captured", in_groups)
+    several = train(dataclasses.replace(config, out=tmp_path / "several"))
+    assert sum(taken) == 40
+    assert max(taken) == 4
+    assert_same(final(one), final(several))
 
 
 def test_checkpoints_are_due_by_steps_minutes_or_epochs() -> None:

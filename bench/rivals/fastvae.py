@@ -58,7 +58,7 @@ class Provider:
         for _ in range(steps):
             if self.done % self.step.steps_per_epoch == 0:
                 self.step.start_epoch(self.done // self.step.steps_per_epoch)
-            self.take_step()
+            self.take_step(1)
             self.done += 1
             if self.done % self.config.log_every == 0:
                 self.step.metrics.double().mean(0).tolist()
