@@ -123,7 +123,7 @@ def _fwd_kernel(
     stream: int,
     samples_are_examples: int,
 ) -> None:
-    eps, sigma, z_piece = f32_scratch(512), f32_scratch(512), f32_scratch(512)
+    eps, sigma = f32_scratch(512), f32_scratch(512)
     slots = slots_per_draw(width)
     for tile in range(first_tile, last_tile):
         block, part = tile // across, tile % across
@@ -158,11 +158,11 @@ def _fwd_kernel(
                     z_row = sample * (K * B) + row
                     if i == 0 or sample == 0:
                         _sigma_piece(logvar_piece, sigma, count)
+                    z_piece = f32_at(z + 4 * (z_row * L + d))
                     if ratio == 0:
                         _z_piece(mu_piece, sigma, eps_piece, z_piece, count)
                     else:
                         total += _z_and_ratio_piece(mu_piece, logvar_piece, sigma, eps_piece, z_piece, count)
-                    store_piece(z_piece, f32_at(z + 4 * (z_row * L + d)), count)
                     if d + count == end:
                         if ratio != 0:
                             f32_at(ratio)[z_row * across + part] = np.float32(total)

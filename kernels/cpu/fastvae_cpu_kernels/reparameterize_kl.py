@@ -64,7 +64,7 @@ def _fwd_kernel(
     example_offset: int,
     stream: int,
 ) -> None:
-    eps, z_piece, kl_piece = f32_scratch(512), f32_scratch(512), f32_scratch(512)
+    eps, kl_piece = f32_scratch(512), f32_scratch(512)
     # several rows if a row is short; one row, piece by piece, if it is long
     rows = slots_per_draw(width)
     for tile in range(first_tile, last_tile):
@@ -82,11 +82,10 @@ def _fwd_kernel(
                         f32_at(row_address(mu, k, b) + 4 * d),
                         f32_at(row_address(logvar, k, b) + 4 * d),
                         shifted(eps, i * ((count + 3) // 4 * 4)),
-                        z_piece,
+                        f32_at(row_address(z, k, b) + 4 * d),
                         kl_piece,
                         count,
                     )
-                    store_piece(z_piece, f32_at(row_address(z, k, b) + 4 * d), count)
                     if sums != 0:
                         add_piece(kl_piece, f64_at(sums + 8 * (block * L + d)), count)
                     if d + count == end:
@@ -119,6 +118,8 @@ def _bwd_kernel(
 ) -> None:
     eps, dmu_piece, dlogvar_piece = f32_scratch(512), f32_scratch(512), f32_scratch(512)
     rows = slots_per_draw(width)
+    # gradients that overwrite nothing are written where they belong, see `gaussian_nll`
+    direct = dmu[0] != dz[0] and dmu[0] != mu[0] and dlogvar[0] != dz[0] and dlogvar[0] != logvar[0]
     for tile in range(first_tile, last_tile):
         block, part = tile // across, tile % across
         bottom, end = min(K * B, (block + 1) * height), min(L, (part + 1) * width)
@@ -129,18 +130,23 @@ def _bwd_kernel(
                 count = min(PIECE, end - d)
                 draw_rows(eps, top, drawn, 1, K, B, d, count, i64_at(seed)[0], stream, example_offset, 0, 0)
                 for i in range(drawn):
+                    to_mu, to_logvar = dmu_piece, dlogvar_piece
+                    if direct:
+                        to_mu = f32_at(row_address(dmu, k, b) + 4 * d)
+                        to_logvar = f32_at(row_address(dlogvar, k, b) + 4 * d)
                     _bwd_piece(
                         f32_at(row_address(dz, k, b) + 4 * d),
                         f32_at(row_address(dkl, k, b))[0],
                         f32_at(row_address(mu, k, b) + 4 * d),
                         f32_at(row_address(logvar, k, b) + 4 * d),
                         shifted(eps, i * ((count + 3) // 4 * 4)),
-                        dmu_piece,
-                        dlogvar_piece,
+                        to_mu,
+                        to_logvar,
                         count,
                     )
-                    store_piece(dmu_piece, f32_at(row_address(dmu, k, b) + 4 * d), count)
-                    store_piece(dlogvar_piece, f32_at(row_address(dlogvar, k, b) + 4 * d), count)
+                    if not direct:
+                        store_piece(dmu_piece, f32_at(row_address(dmu, k, b) + 4 * d), count)
+                        store_piece(dlogvar_piece, f32_at(row_address(dlogvar, k, b) + 4 * d), count)
                     if d + count == end:
                         b += 1
                         if b == B:
