@@ -56,7 +56,7 @@ def test_the_fused_loss_is_taken_by_ranks_too(monkeypatch: pytest.MonkeyPatch) -
     config = TrainConfig(hidden=(16,), latent_dim=3, batch_size=32)
     data = torch.randint(0, 256, (320, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
-    def trained(distributed: bool) -> list[torch.Tensor]:
+    def trained(distributed: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
         torch.manual_seed(0)
         model = build_model(config, (8, 8))
         step = TrainingStep(config, model, make_optimizer(config, list(model.parameters()), len(data)), data, 50)
@@ -68,11 +68,13 @@ def test_the_fused_loss_is_taken_by_ranks_too(monkeypatch: pytest.MonkeyPatch) -
             step.prepare(number)
             step()
         assert len(taken) == 20
-        return [*model.state_dict().values(), step.metrics]
+        return list(model.state_dict().values()), step.metrics
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        assert all(torch.equal(a, b) for a, b in zip(trained(False), trained(True)))
+        (weights, metrics), (same_weights, averaged) = trained(False), trained(True)
+        assert all(torch.equal(a, b) for a, b in zip(weights, same_weights))
+        torch.testing.assert_close(metrics, averaged)
     finally:
         dist.destroy_process_group()
 
