@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,25 @@ import torch
 # without a GPU the Triton kernels run in Triton's interpreter, unless something else was told to execute them
 if not torch.cuda.is_available() and "GPU_EMULATOR" not in os.environ:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def mend_interpreter() -> None:
+    """That of Triton 3.5 makes integers of arrays `[1]` in a way that NumPy 2.4 refuses; later ones as is done here."""
+    import triton
+    from triton.runtime import interpreter
+
+    if triton.__version__.startswith("3.5."):
+        patch = interpreter._patch_lang_tensor
+
+        def patched(tensor: Any) -> None:
+            patch(tensor)
+            tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+        interpreter._patch_lang_tensor = patched
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    mend_interpreter()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

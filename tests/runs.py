@@ -75,8 +75,8 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def wait_for(condition: Callable[[], Any], *, seconds: float = 300.0) -> Any:
-    """The first true value of `condition`."""
+def wait_for(condition: Callable[[], Any], *, seconds: float = 1200.0) -> Any:
+    """The first true value of `condition`; only a test that fails waits so long, however busy the machine."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, "waited in vain"

@@ -109,18 +109,23 @@ def test_a_host_is_lost_and_returns(hosts: tuple[Host, Host], tmp_path: Path) ->
         wait_for(lambda: steps() >= reached + 100)
 
     nodes = [node(host) for host in hosts]
-    wait_for(lambda: any("2 ranks" in line for line in said()))
-    trained_on()
-    kill(nodes[1])
-    wait_for(lambda: any("resumed" in line and "ranks" not in line for line in said()))
-    trained_on()
-    nodes[1] = node(hosts[1])
-    wait_for(lambda: any("resumed" in line and "2 ranks" in line for line in said()))
-    trained_on()
-    for process in nodes:
-        process.send_signal(signal.SIGTERM)
-    for process in nodes:
-        process.wait()
+    try:
+        wait_for(lambda: any("2 ranks" in line for line in said()))
+        trained_on()
+        kill(nodes[1])
+        wait_for(lambda: any("resumed" in line and "ranks" not in line for line in said()))
+        trained_on()
+        nodes[1] = node(hosts[1])
+        wait_for(lambda: any("resumed" in line and "2 ranks" in line for line in said()))
+        trained_on()
+        for process in nodes:
+            process.send_signal(signal.SIGTERM)
+        for process in nodes:
+            process.wait()
+    finally:
+        for process in nodes:
+            if process.poll() is None:
+                kill(process)
     print(*said(), sep="\n")
 
     step, alone = int(final(out)["step"]), tmp_path / "alone"

@@ -60,21 +60,19 @@ def test_a_resumed_run_is_the_uninterrupted_run(variant: str, tmp_path: Path) ->
 
 
 def interrupt_at(step: int, config: TrainConfig) -> None:
-    """Train, and raise SIGTERM within step number `step`: the run saves after that step and stops."""
+    """Train, and raise SIGTERM before step number `step`: the run saves after that step and stops."""
     from fastvae.errors import Stopped
 
-    call = TrainingStep.__call__
-    count = 0
+    prepare = TrainingStep.prepare
 
-    def counted(self: TrainingStep) -> None:
-        nonlocal count
-        call(self)
-        count += 1
-        if count == step:
+    # a step that is replayed calls nothing else of it
+    def prepared(self: TrainingStep, number: int) -> None:
+        prepare(self, number)
+        if number == step - 1:
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingStep, "__call__", counted)
+        patch.setattr(TrainingStep, "prepare", prepared)
         with pytest.raises(Stopped, match=f"stopped at step {step}, saved; go on with: fastvae resume"):
             train(config)
 
