@@ -23,7 +23,7 @@ __all__ = ["activation_bwd_", "hidden_bwd", "linear_bwd", "linear_fwd"]
 
 _ACTIVATIONS = {"none": 0, "relu": 1, "tanh": 2}
 _NARROW = 64
-_NARROW_ROWS, _NARROW_COLS, _NARROW_DEPTH = 32, 64, 16
+_NARROW_ROWS, _NARROW_COLS, _NARROW_DEPTH = 16, 64, 16
 _RELU, _TANH = tl.constexpr(1), tl.constexpr(2)
 
 
