@@ -79,6 +79,24 @@ def test_agrees_with_importance_sampling_on_a_bernoulli_decoder() -> None:
     assert abs(float(z_score.mean())) < 4 * 1.07 / math.sqrt(60)
 
 
+def test_chains_do_not_stay_in_modes_of_no_weight() -> None:
+    """A sharp posterior among many bad modes, against the integral over a grid of the plane."""
+    torch.manual_seed(0)
+    model = VAE.mlp(data_shape=(100,), latent_dim=2, hidden=(20,), activation="tanh")
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            parameter.mul_(8.0)
+        x = torch.bernoulli(model.decode(torch.randn(40, 2)).sigmoid())
+        side = torch.linspace(-4.0, 4.0, 321)
+        grid = torch.cartesian_prod(side, side)
+        nll = torch.stack([model.nll(grid, one.expand(len(grid), -1)) for one in x], dim=1)
+    exact = torch.logsumexp(-(nll + Posterior.prior(grid).unsqueeze(1)).double(), dim=0) + 2 * math.log(
+        side[1] - side[0]
+    )
+    found = marginal_log_likelihood(model, x, seed=SEED, num_chains=5, num_samples=50)
+    assert float((found.value - exact).abs().max()) < 1.0
+
+
 def test_chains_draw_the_posterior() -> None:
     """Mean and covariance; the length of the steps is such that a fixed one would swing for ever (half a period)."""
     model = LinearGaussian(2)

@@ -72,7 +72,7 @@ def _curve(options: Options, name: str, dataset: Dataset, goals: list[int]) -> N
             continue
         began = time.perf_counter()
         model = (_mcem if method == "mcem" else _trained)(options, name, part, goal)
-        record["seconds"] = round(record["seconds"] + time.perf_counter() - began, 1)
+        record["seconds"] += time.perf_counter() - began
         point: dict[str, float] = {"examples": goal}
         for split, data in (("train", part.train), ("test", part.test)):
             value, stderr, acceptance = estimate(model, data[:NUM_ESTIMATED], options.seed)

@@ -48,7 +48,8 @@ def bounds_figure(panels: Mapping[str, Mapping[str, Points]], label: str, limits
     axes[0].set_ylabel(label)
     axes[0].yaxis.set_major_locator(MaxNLocator(6))
     figure.supxlabel("training examples", fontsize=9.0)
-    figure.legend(handles=axes[0].lines, loc="outside upper center", ncols=6)
+    curves = axes[0].lines
+    figure.legend(handles=curves, loc="outside upper center", ncols=len(curves) if len(curves) <= 4 else 3)
     return figure
 
 
