@@ -15,15 +15,15 @@ if not torch.cuda.is_available() and "GPU_EMULATOR" not in os.environ:
 
 
 def mend_interpreter() -> None:
-    """That of Triton 3.5 makes integers of arrays `[1]` in a way that NumPy 2.4 refuses; later ones as is done here."""
+    """Until Triton 3.7 it makes integers of arrays `[1]` in a way that NumPy 2.4 refuses; later as is done here."""
     import triton
     from triton.runtime import interpreter
 
-    if triton.__version__.startswith("3.5."):
+    if triton.__version__.startswith(("3.5.", "3.6.")):
         patch = interpreter._patch_lang_tensor
 
-        def patched(tensor: Any) -> None:
-            patch(tensor)
+        def patched(tensor: Any, *scope: Any) -> None:
+            patch(tensor, *scope)
             tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
         interpreter._patch_lang_tensor = patched
