@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fastvae.checkpoint import write_atomic
+
 __all__ = ["Record", "cpu_name", "default_path", "gpu_name", "header", "read", "versions", "write"]
 
 Record = dict[str, Any]
@@ -92,12 +94,7 @@ def default_path(bench: str, device: str) -> Path:
 def write(path: Path, records: Iterable[Record]) -> None:
     """Write a result file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def read(path: Path) -> tuple[Record, list[Record]]:

@@ -18,6 +18,7 @@ from bench import plots, records
 from bench.records import Record
 from bench.rivals import FLOOR, OURS
 from bench.tables import fastest_rival, kernel_lines, kernel_tables, markdown, revision_table, throughput_tables, what
+from fastvae.checkpoint import write_atomic
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def report(path: Path, folder: Path) -> Path:
     tables = {"kernels": kernel_tables, "train": throughput_tables, "base": revision_table}
     parts.append(tables[bench](found))
     out = folder / f"{path.stem}.md"
-    out.write_text("\n".join(parts) + "\n")
+    write_atomic(out, "\n".join(parts) + "\n")
     return out
 
 

@@ -18,6 +18,7 @@ from bench.static import baseline
 from bench.static.collect import collect, is_main
 from bench.static.measure import Result
 from bench.static.tables import report
+from fastvae.checkpoint import write_atomic
 
 Architecture = Literal["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
 
@@ -89,8 +90,8 @@ def run(arguments: Arguments) -> None:
         print(text)
         lines = [records.header("static", asdict(arguments)), *(result.record() for result in results)]
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text("[\n" + ",\n".join(map(json.dumps, lines)) + "\n]\n")
-        arguments.out.with_suffix(".md").write_text(text)
+        write_atomic(arguments.out, "[\n" + ",\n".join(map(json.dumps, lines)) + "\n]\n")
+        write_atomic(arguments.out.with_suffix(".md"), text)
         print(f"wrote {arguments.out}", file=sys.stderr)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.records import ROOT
 from bench.static.measure import Result
+from fastvae.checkpoint import write_atomic
 
 __all__ = ["PATH", "UPDATE", "compare", "faults", "read", "same_compiler", "write"]
 
@@ -53,7 +54,7 @@ def entry(result: Result) -> Entry:
 def write(path: Path, results: Sequence[Result]) -> None:
     """One line per case and architecture, so that a diff says what changed."""
     lines = sorted(f"{json.dumps(f'{r.architecture} {r.case}')}: {json.dumps(entry(r))}" for r in results)
-    path.write_text(f'{{"triton": "{_triton()}", "cases": {{\n' + ",\n".join(lines) + "\n}}\n")
+    write_atomic(path, f'{{"triton": "{_triton()}", "cases": {{\n' + ",\n".join(lines) + "\n}}\n")
 
 
 def read(path: Path) -> tuple[str, dict[str, Entry]]:
