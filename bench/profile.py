@@ -37,7 +37,8 @@ from fastvae.config import TrainConfig
 from fastvae.step import TrainingStep, make_optimizer, matmul_precision
 from fastvae.train import build_model, pick_device
 
-STAGES = ("gather", "forward", "loss", "backward", "optimiser")
+STAGES = ("gather", "model", "loss", "backward", "optimiser")
+INSIDE = {"model": "forward and backward", "loss": "in model", "backward": "in model"}
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,12 @@ def instrumented(step: TrainingStep) -> Iterator[Moved]:
         "bernoulli_nll_with_grad": "loss",
         "gaussian_nll_with_grad": "loss",
         "linear_bwd": "backward",
+        "hidden_bwd": "backward",
         "activation_bwd_": "backward",
     }
     stages: list[tuple[Any, str, str]] = [
         (F, "gather_batch", "gather"),
-        (step.model, "forward", "forward"),
+        (step.model, "write_gradients", "model"),
         *((package, name, stage) for name, stage in inner.items() if package is not None),
         (torch.autograd, "backward", "backward"),
         (step.optimizer, "step", "optimiser"),
@@ -186,7 +188,8 @@ def stage_table(events: Any, steps: int, cuda: bool) -> str:
         event = times.get(name)
         if event is not None:
             own = [event.cpu_time_total, *([event.device_time_total] if cuda else [])]
-            rows.append([name + (" (in forward)" if name == "loss" else ""), *(f"{t / steps:,.1f}" for t in own)])
+            what = f"{name} ({INSIDE[name]})" if name in INSIDE else name
+            rows.append([what, *(f"{t / steps:,.1f}" for t in own)])
     return markdown(head, rows)
 
 
@@ -254,7 +257,7 @@ def run(arguments: Arguments) -> str:
                 _wait(device)
             return f"{arguments.steps} steps on {device}"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-        with profile(activities=activities) as profiler:
+        with profile(activities=activities, acc_events=True) as profiler:
             start = time.perf_counter()
             for _ in range(arguments.steps):
                 with _range("step", cuda):

@@ -23,7 +23,7 @@ from fastvae import functional as F
 from fastvae import reference
 from fastvae._autograd import Kernels, reference_grads
 from fastvae._checks import draw_seed
-from fastvae._mlp_on_gpu import AtHand, nll_kl_gradients
+from fastvae._mlp_gradients import AtHand, nll_kl_gradients
 
 __all__ = ["AtHand", "Layers", "autograd_does_more", "mlp_loss"]
 
@@ -69,7 +69,7 @@ def mlp_loss(
     dtype = torch.float32
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        if dtype != torch.bfloat16 or not hasattr(kernels, "hidden_bwd"):
+        if dtype != torch.bfloat16 or kernels.supports("bernoulli_nll", x.new_empty(0, dtype=dtype), x):
             return None
     seed = draw_seed(seed, None, x.device)
     options = _Options(beta, example_offset, activation, len(encoder), dtype, at_hand)
@@ -150,10 +150,6 @@ def _own_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
-def _pairs(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(tensors[::2], tensors[1::2]))
-
-
 def _nll_kl_gradients(
     kernels: Kernels,
     x: Tensor,
@@ -163,63 +159,9 @@ def _nll_kl_gradients(
     grads: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """nll `[B]` and kl `[B]`; the gradients of the loss go to `grads`, one of each parameter's shape."""
-    if hasattr(kernels, "hidden_bwd"):
-        # what is done in bfloat16 is said: autocast must not add to it
-        with torch.autocast(x.device.type, enabled=False):
-            return nll_kl_gradients(kernels, x, seed, parameters, grads, *options)
-    beta, example_offset, activation, num_encoder_layers, *_ = options
-    B = x.shape[0]
-    layers, gradients = _pairs(parameters), _pairs(grads)
-    encoder, decoder = layers[:num_encoder_layers], layers[num_encoder_layers:]
-
-    encoded = _forward(kernels, x, encoder, activation)
-    mu, logvar = encoded[-1].chunk(2, dim=-1)
-    z, kl, _ = kernels.reparameterize_kl_fwd(mu, logvar, seed, example_offset, reference.STREAM_NOISE, False)
-    decoded = _forward(kernels, z, decoder, activation)
-
-    mean = x.new_empty(()).fill_(1.0 / B)
-    nll, dlogits, dbias = kernels.bernoulli_nll_with_grad(
-        decoded[-1], x, mean.expand(B), None, 0, True, out=decoded[-1]
-    )
-    dz = _backward(kernels, dlogits, dbias, decoded, decoder, gradients[num_encoder_layers:], activation, True)
-
-    dout = torch.empty_like(encoded[-1])
-    dkl = (mean * beta).expand(B)
-    kernels.reparameterize_kl_bwd(
-        dz, dkl, mu, logvar, seed, example_offset, reference.STREAM_NOISE, tuple(dout.chunk(2, dim=-1))
-    )
-    _, dbias = kernels.activation_bwd_(dout, dout, "none")
-    _backward(kernels, dout, dbias, encoded, encoder, gradients[:num_encoder_layers], activation, False)
-    return nll, kl
-
-
-def _forward(kernels: Kernels, x: Tensor, layers: Layers, activation: str) -> list[Tensor]:
-    """The input of every layer, then the output of the last."""
-    values = [x]
-    for number, (weight, bias) in enumerate(layers, start=1):
-        values.append(kernels.linear_fwd(values[-1], weight, bias, activation if number < len(layers) else "none"))
-    return values
-
-
-def _backward(
-    kernels: Kernels,
-    dy: Tensor,
-    dbias: Tensor,
-    values: Sequence[Tensor],
-    layers: Layers,
-    gradients: Layers,
-    activation: str,
-    needs_dx: bool,
-) -> Tensor | None:
-    """Writes the gradients of all layers, given those of the last output and its bias; returns that of the input."""
-    dx: Any = dy
-    for number in reversed(range(len(layers))):
-        (weight, _), (dweight, bias_gradient), y = layers[number], gradients[number], values[number]
-        bias_gradient.copy_(dbias)
-        dx = kernels.linear_bwd(dx, y, weight, needs_dx or number > 0, dweight)
-        if number > 0:
-            dx, dbias = kernels.activation_bwd_(dx, y, activation)
-    return dx
+    # what is done in bfloat16 is said: autocast must not add to it
+    with torch.autocast(x.device.type, enabled=False):
+        return nll_kl_gradients(kernels, x, seed, parameters, grads, *options)
 
 
 def _reference_loss(
@@ -230,7 +172,7 @@ def _reference_loss(
 ) -> Tensor:
     """The loss, differentiable any number of times."""
     beta, example_offset, activation, num_encoder_layers, *_ = options
-    layers = _pairs(parameters)
+    layers = list(zip(parameters[::2], parameters[1::2]))
 
     def mlp(value: Tensor, layers: Layers) -> Tensor:
         for weight, bias in layers[:-1]:

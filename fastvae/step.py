@@ -147,11 +147,9 @@ class TrainingStep:
         self.order.copy_(reference.permutation(key, len(self.data)))
         self.epoch = epoch
 
-    def _in_place(self) -> FlatAdam | None:
-        """The optimiser, where the gradients can be written to the place at which it reads them."""
-        if not isinstance(self.optimizer, FlatAdam) or self.forward is not self.model:
-            return None
-        return self.optimizer if self.model.writes_gradients(**self.objective()) else None
+    def without_autograd(self) -> bool:
+        """Whether the model's own gradients are all that the step takes, see `VAE.writes_gradients`."""
+        return self.forward is self.model and self.model.writes_gradients(**self.objective())
 
     def _begin(self, kernels: Any, cast: tuple[Tensor, Tensor] | None) -> None:
         """Seed, learning rate, KL weight and examples of this step; copies the first of `cast` into the second."""
@@ -183,19 +181,23 @@ class TrainingStep:
         return loss.loss.detach(), loss.nll, loss.kl
 
     def __call__(self, most: int = 1) -> int:
-        config, adam = self.config, self._in_place()
+        config = self.config
         kernels, _ = F.kernel_package(self.step.device.type)
         kernels = reference if kernels is None else kernels
         data = self.data if isinstance(self.data, Tensor) else self.data.batch
         settings = {"seed": self.seed, "example_offset": self.first, **self.objective()}
         cast, dtype = None, torch.float32
-        if adam is not None:
-            adam.lend_gradients()
-            # where pixels are not drawn, the likelihood reads them in their own type, and none is rounded
-            rows = (data, self.index) if config.transform == "scale" else None
-            if config.precision == "bf16":
-                cast, dtype = (adam.parameters, self.low), self.low.dtype
-            settings["at_hand"] = AtHand(self.weights[1:], rows, self.low_parameters if cast else None)
+        if self.without_autograd():
+            at_hand = AtHand(self.weights[1:])
+            if isinstance(self.optimizer, FlatAdam):
+                # they are written at the place at which it reads them
+                self.optimizer.lend_gradients()
+                # where pixels are not drawn, the likelihood reads them in their own type, and none is rounded
+                rows = (data, self.index) if config.transform == "scale" else None
+                if config.precision == "bf16":
+                    cast, dtype = (self.optimizer.parameters, self.low), self.low.dtype
+                at_hand = AtHand(self.weights[1:], rows, self.low_parameters if cast else None)
+            settings["at_hand"] = at_hand
         self._begin(kernels, cast)
         x = F.gather_batch(
             data, self.index, transform=config.transform, seed=self.seed, example_offset=self.first, dtype=dtype

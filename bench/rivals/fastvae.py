@@ -31,6 +31,7 @@ INNER = {
     "reparameterize_kl_fwd": "loss",
     "reparameterize_kl_bwd": "loss",
     "linear_bwd": "backward",
+    "hidden_bwd": "backward",
     "activation_bwd_": "backward",
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from ._layout import Plan
 from ._pointers import f32_at, f64_at
 from ._record import launch
 
-__all__ = ["ColumnSums", "row_sums", "row_totals"]
+__all__ = ["ColumnSums", "PartialSums", "row_sums", "row_totals"]
 
 
 @kernel
@@ -60,20 +62,22 @@ def row_sums(totals: Tensor, leading: torch.Size, plan: Plan) -> Tensor:
     return sums
 
 
-class ColumnSums:
+class PartialSums:
     """Sums over the rows: each block of rows adds up its own in float64, then the blocks are added in order."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._partial = torch.empty(max(1, plan.tiles // plan.across), plan.D, dtype=torch.float64).zero_()
+    def __init__(self, plan: Plan, columns: int | None = None) -> None:
+        """`columns`: the plan's own D, unless told otherwise."""
+        blocks, columns = max(1, plan.tiles // plan.across), plan.D if columns is None else columns
+        self._partial = torch.empty(blocks, columns, dtype=torch.float64).zero_()
 
     @property
     def address(self) -> int:
         return self._partial.data_ptr()
 
-    def per_column(self) -> Tensor:
-        """float32 `[D]`"""
+    def per_column(self, out: Tensor | None = None) -> Tensor:
+        """float32 `[D]`, in `out` if given, which must stay where it is."""
         blocks, columns = self._partial.shape
-        sums = torch.empty(columns, dtype=torch.float32)
+        sums = torch.empty(columns, dtype=torch.float32) if out is None else out
         launch(_sum_columns, self._partial.data_ptr(), blocks, columns, sums.data_ptr())
         return sums
 
@@ -82,3 +86,18 @@ class ColumnSums:
         total = torch.empty((), dtype=torch.float32)
         launch(_sum_all, self._partial.data_ptr(), self._partial.numel(), total.data_ptr())
         return total
+
+
+class ColumnSums:
+    """Where kernels leave the column sums of several matrices, the gradients of biases: in `parts`, whole at once.
+
+    Its twin for the GPU adds up partial sums of all of them, and of the losses, in `finish`.
+    """
+
+    def __init__(self, outs: Sequence[Tensor], num_rows: int) -> None:
+        """`outs`: what the sums are written to, contiguous float32 `[D]` each."""
+        self.parts = list(outs)
+
+    def finish(self, nll: Tensor) -> Tensor:
+        """The losses `[B]` that `bernoulli_nll_with_grad` returned."""
+        return nll

@@ -20,7 +20,7 @@ from ._layout import NO_ROWS, PIECE, Rows, deliver, destination, plan, rows_of, 
 from ._math import ONE, ZERO, exp, log1p
 from ._pieces import add_piece, row_address, store_piece
 from ._pointers import f32_at, f32_scratch, f64_at, i64_at
-from ._reduce import ColumnSums, row_sums, row_totals
+from ._reduce import PartialSums, row_sums, row_totals
 from ._threads import run
 
 __all__ = ["bernoulli_nll_bwd", "bernoulli_nll_fwd", "bernoulli_nll_with_grad"]
@@ -177,14 +177,15 @@ def _launch(
     example_offset: int,
     *,
     with_nll: bool,
-    column_sums: bool = False,
+    column_sums: bool | Tensor = False,
     out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(nll, weight * d nll / d logits, its column sums), each if asked for."""
     grid = plan(logits.shape)
     logits, x = walkable(logits), walkable(x)
     totals = row_totals(grid.leading, grid) if with_nll else None
-    sums = ColumnSums(grid) if column_sums else None
+    given = column_sums if isinstance(column_sums, Tensor) else None
+    sums = PartialSums(grid) if given is not None or column_sums else None
     grad, weight_rows, grad_rows = None, NO_ROWS, NO_ROWS
     if weight is not None:
         weight, weight_rows = scalars_of(weight)
@@ -208,7 +209,7 @@ def _launch(
     return (
         None if totals is None else row_sums(totals, grid.leading, grid),
         None if grad is None else deliver(grad, out),
-        None if sums is None else sums.per_column(),
+        None if sums is None else sums.per_column(given),
     )
 
 
@@ -234,12 +235,22 @@ def bernoulli_nll_with_grad(
     row_weight: Tensor,
     binarize_seed: Tensor | None,
     example_offset: int,
-    column_sums: bool,
+    column_sums: bool | Tensor,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(nll, row_weight * d nll / d logits, its sums over the rows `[D]` or None) in one pass; `out` may be `logits`."""
+    """(nll, row_weight * d nll / d logits, its sums over the rows `[D]` or None) in one pass.
+
+    `out` takes the gradient, and may be `logits`; a part of `ColumnSums` for the column sums takes those.
+    """
     nll, dlogits, sums = _launch(
-        logits, x, row_weight, binarize_seed, example_offset, with_nll=True, column_sums=column_sums, out=out
+        logits,
+        x,
+        row_weight,
+        binarize_seed,
+        example_offset,
+        with_nll=True,
+        column_sums=column_sums,
+        out=out,
     )
     assert nll is not None
     assert dlogits is not None

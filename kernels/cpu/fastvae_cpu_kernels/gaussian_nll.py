@@ -20,7 +20,7 @@ from ._layout import NO_ROWS, PIECE, Rows, deliver, destination, plan, rows_of, 
 from ._math import HALF, ONE, ZERO, exp
 from ._pieces import add_piece, row_address, store_piece
 from ._pointers import f32_at, f32_scratch, f64_at
-from ._reduce import ColumnSums, row_sums, row_totals
+from ._reduce import PartialSums, row_sums, row_totals
 from ._threads import run
 
 __all__ = ["gaussian_nll_bwd", "gaussian_nll_fwd", "gaussian_nll_with_grad"]
@@ -153,7 +153,7 @@ def _launch(
     wide_logvar = (logvar.expand(grid.D).contiguous() if shared else logvar).expand(mu.shape)
     mu, wide_logvar, x = walkable(mu), walkable(wide_logvar), walkable(x)
     totals = row_totals(grid.leading, grid) if with_nll else None
-    mu_sums = ColumnSums(grid) if column_sums else None
+    mu_sums = PartialSums(grid) if column_sums else None
     logvar_sums = None
     dmu, dlogvar = None, None
     out_mu, out_logvar = out or (None, None)
@@ -166,7 +166,7 @@ def _launch(
             dlogvar = destination(out_logvar, mu)
             dlogvar_rows = rows_of(dlogvar)
         if shared or column_sums:
-            logvar_sums = ColumnSums(grid)
+            logvar_sums = PartialSums(grid)
     run(
         _gaussian_kernel,
         grid,

@@ -18,10 +18,10 @@ from ._layout import PIECE, plan
 from ._math import ONE, ZERO
 from ._pieces import add_piece, store_piece
 from ._pointers import f32_at, f32_scratch, f64_at
-from ._reduce import ColumnSums
+from ._reduce import PartialSums
 from ._threads import run
 
-__all__ = ["activation_bwd_", "linear_bwd", "linear_fwd"]
+__all__ = ["activation_bwd_", "hidden_bwd", "linear_bwd", "linear_fwd"]
 
 _NS_PER_ELEMENT = 0.3
 NONE, RELU, TANH = range(3)
@@ -75,10 +75,15 @@ def _activation_bwd_kernel(
                     add_piece(piece, f64_at(sums + 8 * (block * D + d)), count)
 
 
-def activation_bwd_(dy: Tensor, y: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """(`dy` as the gradient before the activation, its sums over the rows `[D]`); both `[B, D]` and contiguous."""
+def activation_bwd_(
+    dy: Tensor, y: Tensor, activation: str, column_sum: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(`dy` as the gradient before the activation, its sums over the rows `[D]`); both `[B, D]` and contiguous.
+
+    With `column_sum` `[D]`, a part of `ColumnSums`, the sums go there and none are returned.
+    """
     grid = plan(dy.shape)
-    sums = ColumnSums(grid)
+    sums = PartialSums(grid)
     run(
         _activation_bwd_kernel,
         grid,
@@ -89,7 +94,8 @@ def activation_bwd_(dy: Tensor, y: Tensor, activation: str) -> tuple[Tensor, Ten
         _ACTIVATIONS[activation],
         *grid.sizes,
     )
-    return dy, sums.per_column()
+    total = sums.per_column(column_sum)
+    return dy, total if column_sum is None else None
 
 
 def _onednn(x: Tensor, weight: Tensor) -> bool:
@@ -117,3 +123,13 @@ def linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, needs_dx: bool, dweight: T
         dx: Tensor = torch.ops.mkldnn._linear_pointwise(dy, weight.t(), None, "none", [], "")
         return dx
     return dy @ weight
+
+
+def hidden_bwd(dy: Tensor, y: Tensor, weight: Tensor, activation: str, dweight: Tensor, column_sum: Tensor) -> Tensor:
+    """`linear_bwd` for y = activation(...), and then `activation_bwd_`: the gradient before the activation `[B, I]`.
+
+    Its sums over the rows go to `column_sum` `[I]`, a part of `ColumnSums`.
+    """
+    dx = linear_bwd(dy, y, weight, True, dweight)
+    assert dx is not None
+    return activation_bwd_(dx, y, activation, column_sum)[0]

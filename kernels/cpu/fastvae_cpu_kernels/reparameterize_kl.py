@@ -18,7 +18,7 @@ from ._math import HALF, ZERO, exp, expm1
 from ._philox import draw_rows, slots_per_draw
 from ._pieces import add_piece, row_address, store_piece
 from ._pointers import f32_at, f32_scratch, f64_at, i64_at, shifted
-from ._reduce import ColumnSums, row_sums, row_totals
+from ._reduce import PartialSums, row_sums, row_totals
 from ._samples import samples_backward
 from ._threads import run
 from .kl_standard_normal import kl_standard_normal_bwd, kl_term
@@ -106,6 +106,7 @@ def _bwd_kernel(
     logvar: Rows,
     dmu: Rows,
     dlogvar: Rows,
+    sums: int,  # float64 [tiles down, 2 L]: of dmu, then of dlogvar; or 0
     seed: int,  # int64 [1]
     K: int,
     B: int,
@@ -144,6 +145,9 @@ def _bwd_kernel(
                         to_logvar,
                         count,
                     )
+                    if sums != 0:
+                        add_piece(to_mu, f64_at(sums + 8 * (2 * block * L + d)), count)
+                        add_piece(to_logvar, f64_at(sums + 8 * ((2 * block + 1) * L + d)), count)
                     if not direct:
                         store_piece(dmu_piece, f32_at(row_address(dmu, k, b) + 4 * d), count)
                         store_piece(dlogvar_piece, f32_at(row_address(dlogvar, k, b) + 4 * d), count)
@@ -160,7 +164,7 @@ def reparameterize_kl_fwd(
     grid = plan(mu.shape)
     mu, logvar = walkable(mu), walkable(logvar)
     z, totals = destination(None, mu), row_totals(grid.leading, grid)
-    sums = ColumnSums(grid) if per_dim else None
+    sums = PartialSums(grid) if per_dim else None
     run(
         _fwd_kernel,
         grid,
@@ -187,8 +191,13 @@ def reparameterize_kl_bwd(
     example_offset: int,
     stream: int,
     out: tuple[Tensor, Tensor] | None = None,
+    column_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(dmu, dlogvar) `[..., L]` for dz `[..., L]` and dkl `[...]`; None for one of them is zero."""
+    """(dmu, dlogvar) `[..., L]` for dz `[..., L]` and dkl `[...]`; None for one of them is zero.
+
+    Sums over the rows go to `column_sum` `[2 L]`, if it is given: those of dmu, then of dlogvar. Both upstream
+    gradients must be there then.
+    """
     if dz is None:
         dkl = mu.new_zeros(()).expand(mu.shape[:-1]) if dkl is None else dkl
         return kl_standard_normal_bwd(dkl, mu, logvar, out)
@@ -199,6 +208,7 @@ def reparameterize_kl_bwd(
     dkl, dkl_rows = scalars_of(dkl)
     out_mu, out_logvar = out or (None, None)
     dmu, dlogvar = destination(out_mu, mu), destination(out_logvar, mu)
+    sums = None if column_sum is None else PartialSums(grid, 2 * grid.D)
     run(
         _bwd_kernel,
         grid,
@@ -209,9 +219,12 @@ def reparameterize_kl_bwd(
         rows_of(logvar),
         rows_of(dmu),
         rows_of(dlogvar),
+        0 if sums is None else sums.address,
         seed.data_ptr(),
         *grid.sizes,
         example_offset,
         stream,
     )
+    if sums is not None:
+        sums.per_column(column_sum)
     return deliver(dmu, out_mu), deliver(dlogvar, out_logvar)

@@ -1,8 +1,9 @@
-"""The gradients of an MLP autoencoder's loss in as few launches and bytes as there can be, for the Triton kernels.
+"""The gradients of an MLP autoencoder's loss in as few launches and bytes as there can be.
 
-Column sums (gradients of biases) and losses are left as partial sums by the kernels that pass over the data anyway, and
-added up in one launch at the end. Under bfloat16 the float32 weights are cast once; products, activations and their
-gradients are bfloat16, losses, sums and the gradients of the weights float32: autocast rounds the latter to bfloat16.
+Column sums (gradients of biases) are left by the kernels that pass over the data anyway; on a GPU as partial sums, like
+the losses, all added up in one launch at the end. Under bfloat16 the float32 weights are cast once; products,
+activations and their gradients are bfloat16, losses, sums and the gradients of the weights float32: autocast rounds the
+latter to bfloat16.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def nll_kl_gradients(
     """nll `[B]` and kl `[B]`; the gradients of the loss go to `grads`, weights and biases taking turns."""
     B = len(x)
     if at_hand is None:
-        at_hand = AtHand(x.new_full((2,), 1.0 / B, dtype=torch.float32))
+        at_hand = AtHand(torch.full((2,), 1.0 / B, device=x.device))
         at_hand.row_weights[1:] *= beta
     nll_weight, kl_weight = (weight.expand(B) for weight in at_hand.row_weights)
     if dtype == torch.float32:
@@ -76,8 +77,9 @@ def nll_kl_gradients(
 
     logits = decoded[-1]
     data, index = at_hand.rows or (x, None)
+    where = {} if index is None else {"index": index}
     nll, dlogits, _ = kernels.bernoulli_nll_with_grad(
-        logits, data, nll_weight, None, 0, sums.parts[-1], out=logits, index=index
+        logits, data, nll_weight, None, 0, sums.parts[-1], out=logits, **where
     )
     dy = backward(dlogits, decoded, decoder)
     dz = kernels.linear_bwd(dy, z, weights[decoder[0]], True, dweights[decoder[0]])
