@@ -36,6 +36,7 @@ class Case(NamedTuple):
     arguments: Callable[[], tuple[Any, ...]]
     main: bool  # part of the gate; the others, more shapes and dtypes, are for the report
     precision: str = "highest"  # of float32 matrix products, as `torch.set_float32_matmul_precision` takes it
+    in_place: tuple[int, ...] = ()  # arguments that are read and then overwritten
 
     @property
     def name(self) -> str:
@@ -164,9 +165,10 @@ def _gather(transform: str, dtype: str, B: int, D: int, main: bool) -> Case:
 
 def _scale(dtype: str, B: int, D: int, main: bool) -> Case:
     # with a scale of 1 the kernel would touch nothing
-    return Case(
-        "scale_", dtype, (B, D), "scale_", lambda: (torch.empty(B, D, dtype=FLOATS[dtype]), torch.tensor([0.5])), main
-    )
+    def arguments() -> tuple[Any, ...]:
+        return torch.empty(B, D, dtype=FLOATS[dtype]), torch.tensor([0.5])
+
+    return Case("scale_", dtype, (B, D), "scale_", arguments, main, in_place=(0,))
 
 
 def _activation(dtype: str, B: int, D: int, main: bool) -> Case:
@@ -174,7 +176,7 @@ def _activation(dtype: str, B: int, D: int, main: bool) -> Case:
         dy, y = torch.empty(2, B, D, dtype=FLOATS[dtype]).unbind()
         return dy, y, "relu"
 
-    return Case("activation_bwd_ relu", dtype, (B, D), "activation_bwd_", arguments, main)
+    return Case("activation_bwd_ relu", dtype, (B, D), "activation_bwd_", arguments, main, in_place=(0,))
 
 
 def _layer(dtype_name: str, data_name: str, B: int, H: int, D: int, main: bool) -> Case:
@@ -229,7 +231,8 @@ def _step(what: str, B: int, num_parameters: int) -> Case:
 
     function, arguments = {"begin": ("begin_step", begin), "end": ("end_step", end), "adam": ("adam_flat_", adam)}[what]
     size = (num_parameters,) if what == "adam" else (B, num_parameters) if what == "begin" else (B,)
-    return Case(function, "fp32", size, function, arguments, True)
+    in_place = (0, 2, 3) if what == "adam" else ()
+    return Case(function, "fp32", size, function, arguments, True, in_place=in_place)
 
 
 def cases() -> list[Case]:

@@ -213,10 +213,11 @@ def measure(case: Case, kernels: ModuleType, architectures: Sequence[str]) -> li
     for architecture in architectures:
         with recording(architecture) as record, _float32_products(case.precision):
             returned = getattr(kernels, case.function)(*arguments)
-        # what was written into memory that was given counts once
+        # what is returned in memory that was given counts as given: once, or twice where it was read before
         memory = {t.untyped_storage().data_ptr() for t in given.values()}
         made = [t for t in tree_leaves(returned) if isinstance(t, Tensor)]
-        tensors = [*given.values(), *(t for t in made if t.untyped_storage().data_ptr() not in memory)]
+        tensors = [*given.values(), *(arguments[i] for i in case.in_place)]
+        tensors += [t for t in made if t.untyped_storage().data_ptr() not in memory]
         results.append(
             Result(
                 case=case.name,
