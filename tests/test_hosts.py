@@ -132,7 +132,9 @@ def test_a_host_is_lost_and_returns(hosts: tuple[Host, Host], tmp_path: Path) ->
     assert start("train", *ARGUMENTS, *settings, "--max-steps", str(step), "--out", str(alone)).wait() == 0
     one, two = final(alone), final(out)
     rows = [{row["step"]: row["negative_elbo"] for row in run["rows"] if row["split"] == "train"} for run in (one, two)]
-    difference = max(abs(rows[1][number] / rows[0][number] - 1) for number in rows[0])
+    # the end of a run is logged, whatever its number; that of a stopped one is not
+    both = [number for number in rows[0] if number % 50 == 0]
+    difference = max(abs(rows[1][number] / rows[0][number] - 1) for number in both)
     print(
         f"in {step} steps the logged bounds differ from those of one process by {difference:.1g} of their value at most"
     )
