@@ -1,20 +1,21 @@
 """When and how a kernel uses more than one thread.
 
-`torch.get_num_threads()` is obeyed. Tiles are handed out in chunks, each to whoever asks first, and nobody spins: a
-helper that is not scheduled, because another process or another pool has its core, costs nothing, as its chunks are
-done by others. Numba's own pools split the work evenly in advance and wait at a barrier for the slowest.
+`torch.get_num_threads()` is obeyed, and the threads are torch's own, those of its OpenMP runtime: they still wait awake
+for its next product. Others would have to be woken, and to share the cores with these. Tiles are handed out in chunks,
+each to whoever asks first, so that a thread that is not scheduled, because another process has its core, holds up one
+chunk at most.
 
-Where the cores are taken, the caller may still wait for a helper that was stopped in the middle of a chunk. So every
-shared call is compared with what the caller would have needed alone, and after one that did not pay, the next 1, 2, 4,
-... calls are not shared.
+Where the cores are taken, the caller still waits for all threads. So every shared call is compared with what the caller
+would have needed alone, and after one that did not pay, the kernel's next 1, 2, 4, ... calls are not shared.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
-import queue
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -25,72 +26,63 @@ from ._record import launch
 
 __all__ = ["run"]
 
-# waking a helper takes 50 microseconds, and longer where torch's own threads still spin on its core, so that less work
-# than this is done sooner alone (Adam of 650,000 parameters: 332 microseconds alone, 472 with a helper)
-_WORTH_SHARING_NS = 500_000
+# sharing takes some 30 microseconds, so that less work than this is done sooner alone
+_WORTH_SHARING_NS = 150_000
 _CHUNKS_PER_THREAD = 4
 # a shared call pays if it takes at most this part of the time of the caller alone
 _PAYS, _LONGEST_PAUSE = 0.9, 512
 
+_Region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def _openmp() -> Callable[..., None] | None:
+    """`GOMP_parallel` of the OpenMP runtime that torch is linked to; None where it has another interface (Windows)."""
+    parallel = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
+    if parallel is not None:
+        # what all threads of a team call, its argument, their number (the caller is one of them), flags
+        parallel.argtypes, parallel.restype = [_Region, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return parallel
+
+
+_parallel = _openmp()
+
+
+def _work_alone() -> None:
+    """In a forked child OpenMP waits for threads that it does not have."""
+    global _parallel
+    _parallel = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_work_alone)
+
 
 class _Job:
-    """Chunks of tiles, taken one at a time by the caller and its helpers."""
+    """Chunks of tiles, taken one at a time by all threads of a team."""
 
     def __init__(self, kernel: Callable[..., None], tiles: int, chunk: int, args: tuple[Any, ...]) -> None:
         self.kernel, self.tiles, self.chunk, self.args = kernel, tiles, chunk, args
         self.next_tile = 0
-        self.busy = 0
-        self.changed = threading.Condition()
+        self.changing = threading.Lock()
+        self.caller, self.own_tiles, self.own_seconds = threading.get_ident(), 0, 0.0
+        self.error: BaseException | None = None
 
-    def work(self) -> int:
-        """Does chunks while there are any; returns the number of tiles done."""
-        done = 0
-        while True:
-            with self.changed:
-                first = self.next_tile
+    def work(self, _: Any) -> None:
+        """What each thread does: chunks while there are any."""
+        start, done = time.thread_time(), 0
+        try:
+            while True:
+                with self.changing:
+                    first = self.next_tile
+                    self.next_tile = last = min(first + self.chunk, self.tiles)
                 if first >= self.tiles:
-                    return done
-                self.next_tile = last = min(first + self.chunk, self.tiles)
-                self.busy += 1
-            try:
+                    break
                 self.kernel(first, last, *self.args)
                 done += last - first
-            finally:
-                with self.changed:
-                    self.busy -= 1
-                    self.changed.notify_all()
-
-    def wait(self) -> None:
-        with self.changed:
-            self.changed.wait_for(lambda: self.busy == 0)
-
-
-_jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-_helpers = 0
-_starting = threading.Lock()
-
-
-def _help() -> None:
-    while True:
-        _jobs.get().work()
-
-
-def _start_helpers(wanted: int) -> None:
-    global _helpers
-    with _starting:
-        while _helpers < wanted:
-            threading.Thread(target=_help, name=f"fastvae-{_helpers}", daemon=True).start()
-            _helpers += 1
-
-
-def _forget_helpers() -> None:
-    """After a fork the child has the queue but not the threads."""
-    global _helpers, _jobs, _starting
-    _helpers, _jobs, _starting = 0, queue.SimpleQueue(), threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_helpers)
+        except BaseException as error:  # ctypes would drop it: the caller raises it
+            self.error = error
+        if threading.get_ident() == self.caller:
+            self.own_tiles, self.own_seconds = done, time.thread_time() - start
 
 
 class _Patience:
@@ -110,7 +102,8 @@ class _Patience:
         self.skip = self.pause
 
 
-_patience = _Patience()
+# by kernel: how much work one has differs less from call to call
+_patience: defaultdict[Callable[..., None], _Patience] = defaultdict(_Patience)
 
 
 def run(kernel: Callable[..., None], plan: Plan, nanoseconds: float, *args: Any) -> None:
@@ -120,18 +113,15 @@ def run(kernel: Callable[..., None], plan: Plan, nanoseconds: float, *args: Any)
 
 def _run(kernel: Callable[..., None], plan: Plan, nanoseconds: float, args: tuple[Any, ...]) -> None:
     threads = 1
-    if nanoseconds > _WORTH_SHARING_NS:
+    if nanoseconds > _WORTH_SHARING_NS and _parallel is not None:
         threads = min(torch.get_num_threads(), plan.tiles)
-    if threads <= 1 or not _patience.share():
+    if _parallel is None or threads <= 1 or not _patience[kernel].share():
         kernel(0, plan.tiles, *args)
         return
-    _start_helpers(threads - 1)
-    start, start_of_work = time.perf_counter(), time.thread_time()
+    start = time.perf_counter()
     job = _Job(kernel, plan.tiles, -(-plan.tiles // (threads * _CHUNKS_PER_THREAD)), args)
-    for _ in range(threads - 1):
-        _jobs.put(job)
-    own_tiles = job.work()
-    own_time = time.thread_time() - start_of_work
-    job.wait()
-    alone = own_time * plan.tiles / max(1, own_tiles)
-    _patience.learn(time.perf_counter() - start < _PAYS * alone)
+    _parallel(_Region(job.work), None, threads, 0)
+    if job.error is not None:
+        raise job.error
+    alone = job.own_seconds * plan.tiles / max(1, job.own_tiles)
+    _patience[kernel].learn(time.perf_counter() - start < _PAYS * alone)
