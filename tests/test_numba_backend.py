@@ -135,18 +135,13 @@ def test_a_forked_child_works_alone() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_sharing_pauses_while_it_does_not_pay() -> None:
+def test_sharing_pauses_until_what_it_lost_is_little() -> None:
     patience = _threads._Patience()
-    skipped = []
-    for _ in range(4):
-        assert patience.share()
-        patience.learn(False)
-        skipped.append(patience.skip)
-        while patience.skip:
+    for together, calls in ((0.5, 0), (0.9, 0), (0.95, 1), (1.9, 20), (1000.0, 512)):
+        patience.learn(together, 1.0)
+        for _ in range(calls):
             assert not patience.share()
-    assert skipped == [1, 2, 4, 8]
-    patience.learn(True)
-    assert patience.share()
+        assert patience.share()
 
 
 # --- shapes and layouts -----------------------------------------------------------------------------------------------

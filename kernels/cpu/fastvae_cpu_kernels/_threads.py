@@ -6,12 +6,13 @@ each to whoever asks first, so that a thread that is not scheduled, because anot
 chunk at most.
 
 Where the cores are taken, the caller still waits for all threads. So every shared call is compared with what the caller
-would have needed alone, and after one that did not pay, the kernel's next 1, 2, 4, ... calls are not shared.
+would have needed alone, and after one that lost time, the kernel is not shared until that is a small part of the whole.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 import time
@@ -29,8 +30,9 @@ __all__ = ["run"]
 # sharing takes some 30 microseconds, so that less work than this is done sooner alone
 _WORTH_SHARING_NS = 150_000
 _CHUNKS_PER_THREAD = 4
-# a shared call pays if it takes at most this part of the time of the caller alone
-_PAYS, _LONGEST_PAUSE = 0.9, 512
+# a shared call pays if it takes at most this part of the time of the caller alone; what it loses, of the calls until
+# the next one
+_PAYS, _LOSS, _LONGEST_PAUSE = 0.9, 0.05, 512
 
 _Region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -89,7 +91,7 @@ class _Patience:
     """Whether sharing pays at present."""
 
     def __init__(self) -> None:
-        self.pause, self.skip = 0, 0
+        self.skip = 0
 
     def share(self) -> bool:
         if self.skip == 0:
@@ -97,9 +99,11 @@ class _Patience:
         self.skip -= 1
         return False
 
-    def learn(self, paid: bool) -> None:
-        self.pause = 0 if paid else min(_LONGEST_PAUSE, max(1, 2 * self.pause))
-        self.skip = self.pause
+    def learn(self, together: float, alone: float) -> None:
+        """Seconds that a shared call took, and that the caller would have needed for it."""
+        lost = together - _PAYS * alone
+        if lost > 0.0:
+            self.skip = math.ceil(min(_LONGEST_PAUSE, lost / max(_LOSS * alone, 1e-9)))
 
 
 # by kernel: how much work one has differs less from call to call
@@ -123,5 +127,6 @@ def _run(kernel: Callable[..., None], plan: Plan, nanoseconds: float, args: tupl
     _parallel(_Region(job.work), None, threads, 0)
     if job.error is not None:
         raise job.error
-    alone = job.own_seconds * plan.tiles / max(1, job.own_tiles)
-    _patience[kernel].learn(time.perf_counter() - start < _PAYS * alone)
+    if job.own_tiles:
+        alone = job.own_seconds * plan.tiles / job.own_tiles
+        _patience[kernel].learn(time.perf_counter() - start, alone)
