@@ -27,8 +27,8 @@ from ._record import launch
 
 __all__ = ["run"]
 
-# sharing takes some 30 microseconds, so that less work than this is done sooner alone
-_WORTH_SHARING_NS = 150_000
+# sharing takes up to 80 microseconds, most of it Python's lock: less work than this is done sooner alone
+_WORTH_SHARING_NS = 200_000
 _CHUNKS_PER_THREAD = 4
 # a shared call pays if it takes at most this part of the time of the caller alone; what it loses, of the calls until
 # the next one
