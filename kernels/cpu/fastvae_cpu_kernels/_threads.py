@@ -12,6 +12,7 @@ would have needed alone, and after one that lost time, the kernel is not shared 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import os
 import threading
@@ -37,6 +38,7 @@ _PAYS, _LOSS, _LONGEST_PAUSE = 0.9, 0.05, 512
 _Region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
+@functools.cache
 def _openmp() -> Callable[..., None] | None:
     """`GOMP_parallel` of the OpenMP runtime that torch is linked to; None where it has another interface (Windows)."""
     parallel = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
@@ -46,13 +48,13 @@ def _openmp() -> Callable[..., None] | None:
     return parallel
 
 
-_parallel = _openmp()
+_forked = False
 
 
 def _work_alone() -> None:
     """In a forked child OpenMP waits for threads that it does not have."""
-    global _parallel
-    _parallel = None
+    global _forked
+    _forked = True
 
 
 if hasattr(os, "register_at_fork"):
@@ -117,14 +119,15 @@ def run(kernel: Callable[..., None], plan: Plan, nanoseconds: float, *args: Any)
 
 def _run(kernel: Callable[..., None], plan: Plan, nanoseconds: float, args: tuple[Any, ...]) -> None:
     threads = 1
-    if nanoseconds > _WORTH_SHARING_NS and _parallel is not None:
+    if nanoseconds > _WORTH_SHARING_NS and not _forked:
         threads = min(torch.get_num_threads(), plan.tiles)
-    if _parallel is None or threads <= 1 or not _patience[kernel].share():
+    parallel = _openmp() if threads > 1 and _patience[kernel].share() else None
+    if parallel is None:
         kernel(0, plan.tiles, *args)
         return
     start = time.perf_counter()
     job = _Job(kernel, plan.tiles, -(-plan.tiles // (threads * _CHUNKS_PER_THREAD)), args)
-    _parallel(_Region(job.work), None, threads, 0)
+    parallel(_Region(job.work), None, threads, 0)
     if job.error is not None:
         raise job.error
     if job.own_tiles:
