@@ -76,11 +76,8 @@ def nll_kl_gradients(
     decoded = forward(z, decoder)
 
     logits = decoded[-1]
-    data, index = at_hand.rows or (x, None)
-    where = {} if index is None else {"index": index}
-    nll, dlogits, _ = kernels.bernoulli_nll_with_grad(
-        logits, data, nll_weight, None, 0, sums.parts[-1], out=logits, **where
-    )
+    data, *index = at_hand.rows or (x,)
+    nll, dlogits, _ = kernels.bernoulli_nll_with_grad(logits, data, nll_weight, None, 0, sums.parts[-1], logits, *index)
     dy = backward(dlogits, decoded, decoder)
     dz = kernels.linear_bwd(dy, z, weights[decoder[0]], True, dweights[decoder[0]])
 

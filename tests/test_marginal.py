@@ -16,7 +16,7 @@ from torch.distributions import MultivariateNormal
 from fastvae.errors import FastvaeError
 from fastvae.evaluate import log_likelihood
 from fastvae.hmc import Posterior, adapt, transition
-from fastvae.marginal import marginal_log_likelihood
+from fastvae.marginal import _starts, marginal_log_likelihood
 from fastvae.models import VAE
 from fastvae.nn import GaussianLikelihood
 
@@ -95,6 +95,18 @@ def test_chains_do_not_stay_in_modes_of_no_weight() -> None:
     )
     found = marginal_log_likelihood(model, x, seed=SEED, num_chains=5, num_samples=50)
     assert float((found.value - exact).abs().max()) < 1.0
+
+
+def test_chains_start_all_over_the_posterior() -> None:
+    """The five starts of an example are as far apart as draws of the posterior, which is narrower than the prior."""
+    model = LinearGaussian(2)
+    x = model.draw(1).expand(400, D).contiguous()
+    mean = (x[0] - model.b) @ model.W / VARIANCE @ model.P
+    z = _starts(model, x, 5, SEED, 0)
+    assert z.shape == (5, 400, 2)
+    torch.testing.assert_close(z.mean((0, 1)), mean, atol=0.02, rtol=0)
+    centred = (z - z.mean(0)).flatten(0, 1)
+    torch.testing.assert_close(centred.T @ centred / (4 * 400), model.P, atol=0.02, rtol=0.3)
 
 
 def test_chains_draw_the_posterior() -> None:

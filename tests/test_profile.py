@@ -28,6 +28,8 @@ def test_a_profile_names_the_stages_and_writes_a_trace(likelihood, tmp_path):
         assert stage in trace
         assert f"| {stage}" in report
     assert "aten::addmm" in report
+    # the trainer's own step: the paper's model goes without autograd
+    assert ("aten::addmm" in report and "Backward" in report) == (likelihood == "gaussian")
     # what was patched is as before
     assert F.gather_batch is gather_batch
     assert torch.autograd.backward is backward

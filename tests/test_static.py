@@ -248,6 +248,16 @@ def test_the_gate_passes_for_this_tree():
     assert "6 results are no worse than static_baseline.json" in done.stdout
 
 
+@pytest.mark.parametrize("op", ["adam_flat_", "reparameterize_kl bwd, column sums fp32"])
+def test_least_bytes_count_reads_and_writes_of_memory_that_is_given(op, tmp_path):
+    """Adam overwrites three of its four buffers, the latents' backward two that it does not read."""
+    out = tmp_path / "static.json"
+    done = run("-m", "bench.static", "--op", op, "--arch", "sm_90", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    _, result = json.loads(out.read_text())
+    assert result["bytes"] == pytest.approx(result["least_bytes"], rel=1e-3)
+
+
 def test_interpreted_kernels_are_refused():
     done = run("-m", "bench.static", "--check", TRITON_INTERPRET="1")
     assert done.returncode == 1
