@@ -11,11 +11,13 @@ acts on it, because a rank that left alone would leave the others waiting for it
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import os
 import secrets
 import socket
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +135,8 @@ def join() -> Iterator[Ranks]:
     if size == 1:
         yield ALONE
         return
+    # DistributedDataParallel imports it; its functions keep, as a default argument, a group that is there by then
+    import torch.distributed.nn
     from torch.distributed.rendezvous import rendezvous
 
     # what ranks tell each other goes through host memory, gradients on a GPU through NCCL
@@ -146,14 +150,18 @@ def join() -> Iterator[Ranks]:
             yield ranks
         except Stopped as raised:
             stopped = raised
+            traceback.clear_frames(raised.__traceback__)
         # nobody leaves before rank 0 has written the last file
         ranks.sum(torch.zeros(1))
+        # when nothing else holds the group, gloo's threads end with it: one of them that lets go of a tensor while
+        # Python shuts down aborts the process
+        gc.collect()
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise RankLost(f"rank {ranks.rank} has lost another: {one_line(error)}") from error
         raise
     finally:
-        # waits for nobody, and tells whoever waits for this rank
+        # waits for no other rank, and tells whoever waits for this one
         dist.destroy_process_group()
     if stopped is not None:
         raise stopped
