@@ -121,6 +121,9 @@ class Ranks:
 
 ALONE = Ranks()
 
+_LEFT: list[dist.ProcessGroup | None] = []
+"""Groups that an error has left; they live as long as the process."""
+
 
 @contextlib.contextmanager
 def join() -> Iterator[Ranks]:
@@ -153,11 +156,14 @@ def join() -> Iterator[Ranks]:
             traceback.clear_frames(raised.__traceback__)
         # nobody leaves before rank 0 has written the last file
         ranks.sum(torch.zeros(1))
-        # when nothing else holds the group, gloo's threads end with it: one of them that lets go of a tensor while
-        # Python shuts down aborts the process
+        # gloo's threads end with the group, if nothing else holds it: one of them that lets go of a tensor while Python
+        # shuts down aborts the process
         gc.collect()
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+    except BaseException as error:
+        # the frames of the error hold a reducer, which must not be the last to hold the group: it would wait for those
+        # threads, and have the lock of Python that they wait for
+        _LEFT.append(dist.group.WORLD)
+        if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise RankLost(f"rank {ranks.rank} has lost another: {one_line(error)}") from error
         raise
     finally:

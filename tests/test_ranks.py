@@ -65,31 +65,44 @@ def run_by_two(program: str, folder: Path, *arguments: str) -> tuple[int, str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads have no names here")
-@pytest.mark.parametrize("stopped", [False, True], ids=["done", "stopped by a signal"])
-def test_no_thread_of_gloo_is_left_at_exit(stopped: bool, tmp_path: Path) -> None:
-    """One that let go of a tensor while Python shut down aborted the process: 3 of 61 runs with all cores busy."""
+@pytest.mark.parametrize("end", ["nothing", "a signal", "an error"])
+def test_threads_of_gloo_end_before_python_does(end: str, tmp_path: Path) -> None:
+    """One that let go of a tensor while Python shut down aborted the process: 3 of 61 runs with all cores busy.
+
+    After an error nobody waits for them: what the error's frames hold may not be the last to hold the group.
+    """
     program = """
-import atexit, signal
+import signal
 from pathlib import Path
 from fastvae import cli, distributed, train
 
 meet, destroy = distributed.Meetings.__call__, distributed.dist.destroy_process_group
-gloo = lambda: sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
 
-def destroyed():
-    before = gloo()
+def after_three_steps(self, done, signum):
+    if done > 2 and END == "an error":
+        raise RuntimeError("planted")
+    return meet(self, done, signal.SIGTERM if done > 2 and END == "a signal" else signum)
+
+def threads():
+    return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+
+def counted():
+    before = threads()
     destroy()
     # in one write: the ranks share the output
-    os.write(1, f"\\n{before > 0}, then {gloo()}\\n".encode())
+    os.write(1, f"\\nthreads {before > 0} {threads() > 0}\\n".encode())
 
-distributed.dist.destroy_process_group = destroyed
-if STOPPED:
-    train.Meetings.__call__ = lambda self, done, signum: meet(self, done, signal.SIGTERM if done > 2 else signum)
+distributed.dist.destroy_process_group = counted
+train.Meetings.__call__ = after_three_steps
 cli.main()
-""".replace("STOPPED", str(stopped))
+""".replace("END", repr(end))
     code, log = run_by_two(program, tmp_path, *ARGUMENTS[1:], "--max-steps", "5", "--out", str(tmp_path / "run"))
-    assert (code != 0) == ("go on with: fastvae resume" in log) == stopped, log
-    assert log.splitlines().count("True, then 0") == 2, log
+    assert (code == 0) == (end == "nothing"), log
+    assert ("go on with: fastvae resume" in log) == (end == "a signal"), log
+    assert ("planted" in log) == (end == "an error"), log
+    left = [line for line in log.splitlines() if line.startswith("threads")]
+    # torchrun may end the second rank before it gets there
+    assert set(left) == {f"threads True {end == 'an error'}"}, log
 
 
 def test_the_fused_loss_is_taken_by_ranks_too(monkeypatch: pytest.MonkeyPatch) -> None:
