@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import inspect
 import os
@@ -11,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +23,7 @@ import numba
 import pytest
 import torch
 from fastvae_cpu_kernels import _jit, _layout, _pieces, _pointers, _threads
+from fastvae_cpu_kernels._region import region_of
 from torch import Tensor
 
 from fastvae import reference
@@ -45,7 +46,20 @@ def every_op(*leading: int, D: int, samples: int = 3) -> dict[str, Callable[[], 
     shared = normal(D)
     data = torch.randint(0, 256, (64, D), dtype=torch.uint8, generator=generator)
     index = torch.randint(0, 64, (leading[-1],), generator=generator)
+
+    def adam() -> tuple[Tensor, ...]:
+        p, m, v = a.clone(), b.clone(), c.abs()
+        kernels.adam_([p], [d], [m], [v], [torch.tensor(3.0)], torch.tensor(0.1), (0.9, 0.99), 1e-8, 0.01)
+        return p, m, v
+
+    def scaled() -> Tensor:
+        kernels.scale_(out := a.clone(), torch.tensor(0.7))
+        return out
+
     return {
+        "adam_": adam,
+        "scale_": scaled,
+        "activation_bwd_": lambda: kernels.activation_bwd_(a.flatten(0, -2).clone(), b.flatten(0, -2), "tanh"),
         "reparameterize_fwd": lambda: kernels.reparameterize_fwd(a, b, SEED, samples, 5, 2, 0),
         "reparameterize_bwd": lambda: kernels.reparameterize_bwd(dz, b, SEED, samples, 5, 2, 0),
         "kl_standard_normal_fwd": lambda: kernels.kl_standard_normal_fwd(a, b),
@@ -101,22 +115,41 @@ def test_results_do_not_depend_on_the_number_of_threads(shape: tuple[int, ...]) 
 
 @pytest.mark.usefixtures("always_share")
 def test_two_threads_take_tiles() -> None:
-    """Those of OpenMP, and the caller is one of them; an error of either is the caller's."""
+    """Those of OpenMP, and the caller is one of them; each tile is done once, with the arguments that were given."""
+    libc = ctypes.CDLL(None)
+    thread, sleep = libc.pthread_self, libc.usleep
+    thread.restype, thread.argtypes = ctypes.c_size_t, []
+    sleep.restype, sleep.argtypes = ctypes.c_int, [ctypes.c_uint]
+    i64_at, f64_at = _pointers.i64_at, _pointers.f64_at
+
+    @numba.njit(nogil=True)
+    def kernel(first: int, last: int, out: tuple[int, int], scale: float, offset: int) -> None:
+        for tile in range(first, last):
+            i64_at(out[0])[tile] = thread()
+            f64_at(out[1])[tile] += scale * tile + offset
+            sleep(1000)
+
+    threads, values = torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch.float64)
+    out = threads.data_ptr(), values.data_ptr()
+    kernel(0, 0, out, 0.5, -3)
     torch.set_num_threads(2)
-    taken, both = set(), threading.Barrier(2)
+    _threads.run(kernel, _layout.Plan(torch.Size(()), 1, 1, 61, 61, 1, 1, 61), 1e6, out, 0.5, -3)
+    assert len(threads[:61].unique()) == 2
+    assert not threads[61:].any()
+    assert thread() in threads.tolist()
+    assert torch.equal(values[:61], 0.5 * torch.arange(61, dtype=torch.float64) - 3)
 
-    def kernel(first: int, last: int) -> None:
-        if threading.get_ident() not in taken:
-            taken.add(threading.get_ident())
-            both.wait(20)
-        if last == 64:
-            raise KeyError("the last tile")
 
-    grid = _layout.Plan(torch.Size(()), 1, 1, 64, 64, 1, 1, 64)
-    with pytest.raises(KeyError):
-        _threads.run(kernel, grid, 1e6)
-    assert len(taken) == 2
-    assert threading.get_ident() in taken
+def test_every_kernel_can_be_shared(always_share: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = []
+    monkeypatch.setattr(_threads, "region_of", lambda kernel: shared.append(region_of(kernel)) or shared[-1])
+    torch.set_num_threads(2)
+    for name, op in every_op(2, 5, D=9001).items():
+        op()
+        shared.clear()
+        op()
+        assert shared, name
+        assert None not in shared, name
 
 
 @pytest.mark.usefixtures("always_share")

@@ -117,5 +117,7 @@ def plan(shape: torch.Size, samples: int = 1) -> Plan:
         return Plan(torch.Size(leading), K, B, D, 1, 1, 1, 0)
     width = min(D, _TILE_COLUMNS)
     height = max(1, min(_TILE_ROWS, _TILE_ELEMENTS // (width * samples)))
+    # as few tiles, all of a size
+    height = -(-K * B // -(-K * B // height))
     across = -(-D // width)
     return Plan(torch.Size(leading), K, B, D, across, height, width, -(-K * B // height) * across)

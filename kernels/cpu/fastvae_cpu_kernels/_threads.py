@@ -15,7 +15,6 @@ import ctypes
 import functools
 import math
 import os
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -25,17 +24,16 @@ import torch
 
 from ._layout import Plan
 from ._record import launch
+from ._region import Job, region_of
 
 __all__ = ["run"]
 
-# sharing takes up to 80 microseconds, most of it Python's lock: less work than this is done sooner alone
-_WORTH_SHARING_NS = 200_000
+# sharing takes 10 to 15 microseconds: less work than this is done sooner alone
+_WORTH_SHARING_NS = 40_000
 _CHUNKS_PER_THREAD = 4
 # a shared call pays if it takes at most this part of the time of the caller alone; what it loses, of the calls until
 # the next one
 _PAYS, _LOSS, _LONGEST_PAUSE = 0.9, 0.05, 512
-
-_Region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @functools.cache
@@ -44,7 +42,7 @@ def _openmp() -> Callable[..., None] | None:
     parallel = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
     if parallel is not None:
         # what all threads of a team call, its argument, their number (the caller is one of them), flags
-        parallel.argtypes, parallel.restype = [_Region, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+        parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
     return parallel
 
 
@@ -59,34 +57,6 @@ def _work_alone() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_work_alone)
-
-
-class _Job:
-    """Chunks of tiles, taken one at a time by all threads of a team."""
-
-    def __init__(self, kernel: Callable[..., None], tiles: int, chunk: int, args: tuple[Any, ...]) -> None:
-        self.kernel, self.tiles, self.chunk, self.args = kernel, tiles, chunk, args
-        self.next_tile = 0
-        self.changing = threading.Lock()
-        self.caller, self.own_tiles, self.own_seconds = threading.get_ident(), 0, 0.0
-        self.error: BaseException | None = None
-
-    def work(self, _: Any) -> None:
-        """What each thread does: chunks while there are any."""
-        start, done = time.thread_time(), 0
-        try:
-            while True:
-                with self.changing:
-                    first = self.next_tile
-                    self.next_tile = last = min(first + self.chunk, self.tiles)
-                if first >= self.tiles:
-                    break
-                self.kernel(first, last, *self.args)
-                done += last - first
-        except BaseException as error:  # ctypes would drop it: the caller raises it
-            self.error = error
-        if threading.get_ident() == self.caller:
-            self.own_tiles, self.own_seconds = done, time.thread_time() - start
 
 
 class _Patience:
@@ -121,15 +91,12 @@ def _run(kernel: Callable[..., None], plan: Plan, nanoseconds: float, args: tupl
     threads = 1
     if nanoseconds > _WORTH_SHARING_NS and not _forked:
         threads = min(torch.get_num_threads(), plan.tiles)
-    parallel = _openmp() if threads > 1 and _patience[kernel].share() else None
-    if parallel is None:
+    share = threads > 1 and _patience[kernel].share()
+    parallel, region = (_openmp(), region_of(kernel)) if share else (None, None)
+    if parallel is None or region is None:
         kernel(0, plan.tiles, *args)
         return
     start = time.perf_counter()
-    job = _Job(kernel, plan.tiles, -(-plan.tiles // (threads * _CHUNKS_PER_THREAD)), args)
-    parallel(_Region(job.work), None, threads, 0)
-    if job.error is not None:
-        raise job.error
-    if job.own_tiles:
-        alone = job.own_seconds * plan.tiles / job.own_tiles
-        _patience[kernel].learn(time.perf_counter() - start, alone)
+    job = Job(region, plan.tiles, -(-plan.tiles // (threads * _CHUNKS_PER_THREAD)), args)
+    parallel(region.address, job.memory, threads, 0)
+    _patience[kernel].learn(time.perf_counter() - start, job.seconds())

@@ -112,7 +112,8 @@ def adam_(
         for p, g, m, v, t in zip(parameters, gradients, exp_avgs, exp_avg_sqs, steps)
     )
     tables = _tables(places)
-    launch(_take_step, *tables, gradients, sum(place[-1] for place in places), lr, weight_decay, *betas, eps)
+    constants = map(float, (weight_decay, *betas, eps))
+    launch(_take_step, *tables, gradients, sum(place[-1] for place in places), lr, *constants)
 
 
 def _take_step(
