@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ import numba
 import pytest
 import torch
 from fastvae_cpu_kernels import _jit, _layout, _pieces, _pointers, _threads
-from fastvae_cpu_kernels._region import region_of
+from fastvae_cpu_kernels._region import Job, region_of
 from torch import Tensor
 
 from fastvae import reference
@@ -49,7 +50,8 @@ def every_op(*leading: int, D: int, samples: int = 3) -> dict[str, Callable[[], 
 
     def adam() -> tuple[Tensor, ...]:
         p, m, v = a.clone(), b.clone(), c.abs()
-        kernels.adam_([p], [d], [m], [v], [torch.tensor(3.0)], torch.tensor(0.1), (0.9, 0.99), 1e-8, 0.01)
+        for weight_decay in (0, 0.01):  # an integer is compiled for no differently
+            kernels.adam_([p], [d], [m], [v], [torch.tensor(3.0)], torch.tensor(0.1), (0.9, 0.99), 1e-8, weight_decay)
         return p, m, v
 
     def scaled() -> Tensor:
@@ -140,6 +142,48 @@ def test_two_threads_take_tiles() -> None:
     assert torch.equal(values[:61], 0.5 * torch.arange(61, dtype=torch.float64) - 3)
 
 
+def test_a_shared_call_knows_what_it_would_have_taken_alone(
+    always_share: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU time of all threads; what else the process does meanwhile is to wait for the last chunk."""
+    learnt: list[tuple[float, float]] = []
+    monkeypatch.setattr(_threads._Patience, "learn", lambda self, *seconds: learnt.append(seconds))
+    torch.set_num_threads(2)
+    mu = torch.randn(20000, 512)
+    for _ in range(3):
+        kernels.kl_standard_normal_fwd(mu, mu)
+    learnt.clear()
+    # so that this thread's CPU time comes to a whole second meanwhile
+    while time.thread_time() % 1.0 < 0.9995:
+        pass
+    wall, cpu = time.perf_counter(), time.process_time()
+    kernels.kl_standard_normal_fwd(mu, mu)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    ((together, alone),) = learnt
+    assert 0.2 * cpu < alone < 1.05 * cpu
+    assert 0.5 * wall < together < wall
+
+
+@pytest.mark.usefixtures("always_share")
+def test_no_chunk_is_taken_twice() -> None:
+    """Ten times a million of them, each less work than taking it."""
+    f64_at = _pointers.f64_at
+
+    @numba.njit(nogil=True)
+    def kernel(first: int, last: int, counts: int) -> None:
+        for tile in range(first, last):
+            f64_at(counts)[tile] += 1.0
+
+    counts = torch.zeros(10**6, dtype=torch.float64)
+    kernel(0, 0, counts.data_ptr())
+    region, parallel = region_of(kernel), _threads._openmp()
+    assert region is not None
+    assert parallel is not None
+    for rounds in range(1, 11):
+        parallel(region.address, Job(region, len(counts), 1, (counts.data_ptr(),)).memory, 2, 0)
+        assert (counts == rounds).all()
+
+
 def test_every_kernel_can_be_shared(always_share: None, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = []
     monkeypatch.setattr(_threads, "region_of", lambda kernel: shared.append(region_of(kernel)) or shared[-1])
@@ -178,6 +222,13 @@ def test_sharing_pauses_until_what_it_lost_is_little() -> None:
 
 
 # --- shapes and layouts -----------------------------------------------------------------------------------------------
+
+
+def test_tiles_are_all_of_a_size() -> None:
+    for rows, tiles in ((128, 4), (4096, 100), (3, 1)):
+        plan = _layout.plan(torch.Size((rows, 784)))
+        assert plan.tiles == tiles
+        assert 0 <= plan.height * tiles - rows < tiles
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0), (2, 0, 7)], ids=str)
