@@ -23,11 +23,12 @@ import llvmlite.binding
 import numba
 import pytest
 import torch
-from fastvae_cpu_kernels import _jit, _layout, _pieces, _pointers, _threads
+from fastvae_cpu_kernels import _jit, _layout, _pieces, _pointers, _split, _threads, adam
 from fastvae_cpu_kernels._region import Job, region_of
 from torch import Tensor
 
 from fastvae import reference
+from tests.op_checks import assert_accurate
 
 PACKAGE = Path(_jit.__file__).parent
 SEED = torch.tensor([-(2**62) + 12345])
@@ -136,9 +137,11 @@ def test_two_threads_take_tiles() -> None:
     kernel(0, 0, out, 0.5, -3)
     torch.set_num_threads(2)
     _threads.run(kernel, _layout.Plan(torch.Size(()), 1, 1, 61, 61, 1, 1, 61), 1e6, out, 0.5, -3)
-    assert len(threads[:61].unique()) == 2
     assert not threads[61:].any()
-    assert thread() in threads.tolist()
+    # the caller has the first share, and would help with the second
+    assert threads[0] == thread()
+    assert len(threads[:20].unique()) == len(threads[35:61].unique()) == 1
+    assert threads[60] != threads[0]
     assert torch.equal(values[:61], 0.5 * torch.arange(61, dtype=torch.float64) - 3)
 
 
@@ -180,8 +183,93 @@ def test_no_chunk_is_taken_twice() -> None:
     assert region is not None
     assert parallel is not None
     for rounds in range(1, 11):
-        parallel(region.address, Job(region, len(counts), 1, (counts.data_ptr(),)).memory, 2, 0)
+        parallel(region.address, Job(region, len(counts), 2, 1, (counts.data_ptr(),)).memory, 2, 0)
         assert (counts == rounds).all()
+
+
+@pytest.fixture
+def split_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whatever size."""
+    if _split.blas() is None:
+        pytest.skip("torch has no MKL")
+    monkeypatch.setattr(_split, "_LEAST_WEIGHTS", 0)
+
+
+@pytest.mark.usefixtures("always_share", "split_products")
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize(("B", "inputs", "outputs"), [(1, 5, 24), (7, 1030, 50), (33, 20, 1111)])
+@pytest.mark.parametrize("activation", ["none", "relu", "tanh"])
+def test_products_split_among_threads(threads: int, B: int, inputs: int, outputs: int, activation: str) -> None:
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    x, dy, weight, bias = (
+        torch.randn(shape, generator=generator) for shape in ((B, inputs), (B, outputs), (outputs, inputs), (outputs,))
+    )
+    assert _split.parts_of(x, weight) == threads
+    apply = getattr(torch, activation, lambda y: y)
+    y = kernels.linear_fwd(x, weight, bias, activation)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    assert_accurate(y, apply(exact), apply(torch.nn.functional.linear(x, weight, bias)), factor=4.0)
+    for needs_dx in (True, False):
+        dweight = torch.full_like(weight, float("nan"))
+        dx = kernels.linear_bwd(dy, x, weight, needs_dx, dweight)
+        assert_accurate(dweight, dy.double().t() @ x.double(), dy.t() @ x, factor=4.0)
+        assert (dx is not None) == needs_dx
+        if dx is not None:
+            assert_accurate(dx, dy.double() @ weight.double(), dy @ weight, factor=4.0)
+    below, sums = apply(x), torch.empty(inputs)
+    slope = {"none": torch.ones_like(x), "relu": (x > 0).float(), "tanh": 1.0 - below.square()}[activation]
+    dx = kernels.hidden_bwd(dy, below, weight, activation, dweight, sums)
+    assert_accurate(dx, (dy.double() @ weight.double()) * slope, (dy @ weight) * slope, factor=4.0)
+    assert_accurate(sums, ((dy.double() @ weight.double()) * slope).sum(0), ((dy @ weight) * slope).sum(0), factor=4.0)
+
+
+@pytest.mark.usefixtures("always_share", "split_products")
+def test_a_split_product_is_the_same_whoever_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the caller makes all parts, outside of a team: MKL would share each, and split its sums."""
+    torch.set_num_threads(3)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((128, 400), (60, 400), (60,)))
+    shared = kernels.linear_fwd(x, weight, bias, "relu")
+    assert torch.equal(kernels.linear_fwd(x, weight, bias, "relu"), shared)
+    monkeypatch.setattr(_threads._Patience, "share", lambda self: False)
+    assert torch.equal(kernels.linear_fwd(x, weight, bias, "relu"), shared)
+
+
+def test_which_products_are_split(split_products: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    x, weight = torch.zeros(128, 784), torch.zeros(400, 784)
+    try:
+        torch.set_num_threads(2)
+        assert _split.parts_of(x, weight) == 2
+        assert _split.parts_of(x[:, ::2], weight[:, ::2]) == 1
+        # not worth it: large ones, small ones, few features
+        assert _split.parts_of(x.expand(4, 128, 784).flatten(0, 1), weight) == 1
+        assert _split.parts_of(x, weight[:15]) == 1
+        monkeypatch.setattr(_split, "_LEAST_WEIGHTS", weight.numel() + 1)
+        assert _split.parts_of(x, weight) == 1
+        monkeypatch.undo()
+        # one that may be rounded is oneDNN's to make
+        torch.set_float32_matmul_precision("medium")
+        assert _split.parts_of(x, weight) == 1
+        torch.set_float32_matmul_precision("highest")
+        torch.set_num_threads(1)
+        assert _split.parts_of(x, weight) == 1
+    finally:
+        torch.set_num_threads(before[0])
+        torch.set_float32_matmul_precision(before[1])
+
+
+def test_a_threads_share_of_adam_is_a_part_of_each_parameter() -> None:
+    """Half the tiles are those of the first half of each, so that they are where its product left the gradient."""
+    sizes = 10 * adam._TILE, 4 * adam._TILE - 3
+    places = tuple((100 * n, 0, 0, 0, n, size) for n, size in enumerate(sizes))
+    table, _ = adam._tables(places)
+    assert table[:, 5].sum() == sum(sizes)
+    rows = [(counter, (address - 100 * counter) // 4) for address, _, _, _, counter, _ in table.tolist()]
+    half = rows[: len(rows) // 2]
+    assert sorted(row for row in half if row[0] == 0) == [(0, i * adam._TILE) for i in range(5)]
+    assert sorted(row for row in half if row[0] == 1) == [(1, i * adam._TILE) for i in range(2)]
 
 
 def test_every_kernel_can_be_shared(always_share: None, monkeypatch: pytest.MonkeyPatch) -> None:

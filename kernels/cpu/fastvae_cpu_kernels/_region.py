@@ -1,6 +1,9 @@
 """A kernel as what every thread of a team runs, in machine code: a thread that enters Python would wait for its lock.
 
-    void region(job):   while there are tiles that nobody has taken: take a chunk of them, kernel(first, last, *args)
+    void region(job):   for each share of the tiles, my own first, then those of the threads after me:
+                            while nobody has taken all of it: take a chunk of tiles, kernel(first, last, *args)
+
+So a thread gets the same tiles at every call, and what it wrote is in its own cache, unless others are held up.
 
 Written in LLVM's language around the kernel that is compiled already, which takes milliseconds; Numba would compile
 another function, and take a hundred.
@@ -20,10 +23,14 @@ from numba import types
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 
+from ._native import address_of
+
 __all__ = ["Job", "region_of"]
 
-# a job in memory: the first tile that nobody has, ns of CPU time that it took so far; then what the threads only read
-_NEXT, _SPENT, _TILES, _CHUNK, _ARGS = range(5)
+# a job in memory: ns of CPU time that it took so far; what the threads only read; then, a cache line apart, how many
+# tiles of each share are taken
+_SPENT, _TILES, _SHARES, _CHUNK, _ARGS = range(5)
+_LINE = 8
 _INT, _LONG = ir.IntType(32), ir.IntType(64)
 
 
@@ -34,10 +41,11 @@ class Region(NamedTuple):
 
 
 class Job:
-    """`kernel(first, last, *args)` for all of `tiles`, a chunk at a time."""
+    """`kernel(first, last, *args)` for all of `tiles`, a chunk at a time, by as many threads as there are `shares`."""
 
-    def __init__(self, region: Region, tiles: int, chunk: int, args: tuple[Any, ...]) -> None:
-        self.memory = ctypes.create_string_buffer(struct.pack(region.layout, 0, 0, tiles, chunk, *_flat(args)))
+    def __init__(self, region: Region, tiles: int, shares: int, chunk: int, args: tuple[Any, ...]) -> None:
+        head = struct.pack(region.layout, 0, tiles, shares, chunk, *_flat(args))
+        self.memory = ctypes.create_string_buffer(head, len(head) + 8 * _LINE * (shares + 1))
 
     def seconds(self) -> float:
         """CPU time of all threads, once it is done."""
@@ -65,16 +73,18 @@ def _region(kernel: Any) -> Region:
     library = context.codegen().create_library(name)
     module = library.create_ir_module(name)
     region = ir.Function(module, ir.FunctionType(ir.VoidType(), [_LONG.as_pointer()]), name)
-    begin, take, work, end = (region.append_basic_block() for _ in range(4))
+    begin, next_share, choose, take, work, end = (region.append_basic_block() for _ in range(6))
     builder = ir.IRBuilder(begin)
 
-    def at(number: int) -> ir.Value:
-        return builder.gep(region.args[0], [_LONG(number)])
+    def at(number: ir.Value) -> ir.Value:
+        return builder.gep(region.args[0], [number])
+
+    def call(function: str, of: list[ir.Type], *args: ir.Value) -> ir.Value:
+        address = _LONG(address_of(function))
+        return builder.call(builder.inttoptr(address, ir.FunctionType(_INT, of).as_pointer()), args)
 
     def cpu_time() -> ir.Value:
-        clock = ctypes.cast(ctypes.CDLL(None).clock_gettime, ctypes.c_void_p).value
-        function = builder.inttoptr(_LONG(clock), ir.FunctionType(_INT, [_INT, _LONG.as_pointer()]).as_pointer())
-        builder.call(function, [_INT(time.CLOCK_THREAD_CPUTIME_ID), timespec])
+        call("clock_gettime", [_INT, _LONG.as_pointer()], _INT(time.CLOCK_THREAD_CPUTIME_ID), timespec)
         seconds, ns = (builder.load(builder.gep(timespec, [_LONG(i)])) for i in range(2))
         return builder.add(builder.mul(seconds, _LONG(10**9)), ns)
 
@@ -84,20 +94,33 @@ def _region(kernel: Any) -> Region:
         if hasattr(of, "types"):
             return context.make_tuple(builder, of, [argument(item) for item in of.types])
         layout.append({types.int64: "q", types.float64: "d"}[of])
-        return builder.bitcast(builder.load(at(len(layout) - 1)), context.get_value_type(of))
+        return builder.bitcast(builder.load(at(_LONG(len(layout) - 1))), context.get_value_type(of))
 
     timespec = builder.alloca(_LONG, 2)
     args = [argument(of) for of in signature[2:]]
-    tiles, chunk, start = builder.load(at(_TILES)), builder.load(at(_CHUNK)), cpu_time()
+    tiles, shares, chunk = (builder.load(at(_LONG(i))) for i in (_TILES, _SHARES, _CHUNK))
+    me, start = builder.zext(call("omp_get_thread_num", []), _LONG), cpu_time()
+    builder.branch(next_share)
+
+    builder.position_at_end(next_share)
+    number = builder.phi(_LONG)
+    number.add_incoming(_LONG(0), begin)
+    builder.cbranch(builder.icmp_signed("<", number, shares), choose, end)
+
+    builder.position_at_end(choose)
+    share = builder.urem(builder.add(me, number), shares)
+    begins, ends = (builder.udiv(builder.mul(s, tiles), shares) for s in (share, builder.add(share, _LONG(1))))
+    taken = at(builder.add(_LONG(len(layout) + _LINE), builder.mul(share, _LONG(_LINE))))
     builder.branch(take)
 
     builder.position_at_end(take)
-    first = builder.atomic_rmw("add", at(_NEXT), chunk, "monotonic")
-    builder.cbranch(builder.icmp_signed("<", first, tiles), work, end)
+    first = builder.add(begins, builder.atomic_rmw("add", taken, chunk, "monotonic"))
+    number.add_incoming(builder.add(number, _LONG(1)), take)
+    builder.cbranch(builder.icmp_signed("<", first, ends), work, next_share)
 
     builder.position_at_end(work)
     last = builder.add(first, chunk)
-    last = builder.select(builder.icmp_signed("<", last, tiles), last, tiles)
+    last = builder.select(builder.icmp_signed("<", last, ends), last, ends)
     convention = context.call_conv
     native = _LONG(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
     native = builder.inttoptr(native, convention.get_function_type(types.none, signature).as_pointer())
@@ -105,7 +128,7 @@ def _region(kernel: Any) -> Region:
     builder.branch(take)
 
     builder.position_at_end(end)
-    builder.atomic_rmw("add", at(_SPENT), builder.sub(cpu_time(), start), "monotonic")
+    builder.atomic_rmw("add", at(_LONG(_SPENT)), builder.sub(cpu_time(), start), "monotonic")
     builder.ret_void()
 
     library.add_ir_module(module)

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 
 from ._layout import Plan
+from ._native import address_of
 from ._record import launch
 from ._region import Job, region_of
 
-__all__ = ["run"]
+__all__ = ["run", "team"]
 
 # sharing takes 10 to 15 microseconds: less work than this is done sooner alone
 _WORTH_SHARING_NS = 40_000
@@ -39,11 +40,10 @@ _PAYS, _LOSS, _LONGEST_PAUSE = 0.9, 0.05, 512
 @functools.cache
 def _openmp() -> Callable[..., None] | None:
     """`GOMP_parallel` of the OpenMP runtime that torch is linked to; None where it has another interface (Windows)."""
-    parallel = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
-    if parallel is not None:
-        # what all threads of a team call, its argument, their number (the caller is one of them), flags
-        parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-    return parallel
+    address = address_of("GOMP_parallel")
+    # what all threads of a team call, its argument, their number (the caller is one of them), flags
+    form = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    return None if address is None else form(address)
 
 
 _forked = False
@@ -82,6 +82,11 @@ class _Patience:
 _patience: defaultdict[Callable[..., None], _Patience] = defaultdict(_Patience)
 
 
+def team() -> int:
+    """How many threads a kernel gets if it is worth sharing."""
+    return torch.get_num_threads() if _openmp() is not None and not _forked else 1
+
+
 def run(kernel: Callable[..., None], plan: Plan, nanoseconds: float, *args: Any) -> None:
     """Calls `kernel(first_tile, last_tile, *args)` for all tiles; `nanoseconds` estimates the work on one thread."""
     launch(_run, kernel, plan, nanoseconds, args)
@@ -89,14 +94,14 @@ def run(kernel: Callable[..., None], plan: Plan, nanoseconds: float, *args: Any)
 
 def _run(kernel: Callable[..., None], plan: Plan, nanoseconds: float, args: tuple[Any, ...]) -> None:
     threads = 1
-    if nanoseconds > _WORTH_SHARING_NS and not _forked:
-        threads = min(torch.get_num_threads(), plan.tiles)
+    if nanoseconds > _WORTH_SHARING_NS:
+        threads = min(team(), plan.tiles)
     share = threads > 1 and _patience[kernel].share()
     parallel, region = (_openmp(), region_of(kernel)) if share else (None, None)
     if parallel is None or region is None:
         kernel(0, plan.tiles, *args)
         return
     start = time.perf_counter()
-    job = Job(region, plan.tiles, -(-plan.tiles // (threads * _CHUNKS_PER_THREAD)), args)
+    job = Job(region, plan.tiles, threads, -(-plan.tiles // (threads * _CHUNKS_PER_THREAD)), args)
     parallel(region.address, job.memory, threads, 0)
     _patience[kernel].learn(time.perf_counter() - start, job.seconds())

@@ -83,12 +83,17 @@ def _count_step(
 
 @functools.lru_cache(64)
 def _tables(places: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
-    """The tiles of all parameters, and their counters; from step to step mostly nothing of it moves."""
-    rows = [
-        [*(address + 4 * first for address in addresses), step, min(_TILE, elements - first)]
+    """The tiles of all parameters, and their counters; from step to step mostly nothing of it moves.
+
+    First those at the beginning of each parameter, last those at its end: the share of a thread is then a part of each,
+    as its share of a product is, see `linear.py`.
+    """
+    tiles = [
+        (first / elements, [*(address + 4 * first for address in addresses), step, min(_TILE, elements - first)])
         for *addresses, step, elements in places
         for first in range(0, elements, _TILE)
     ]
+    rows = [row for _, row in sorted(tiles)]
     return torch.tensor(rows, dtype=torch.int64), torch.tensor([step for *_, step, _ in places], dtype=torch.int64)
 
 

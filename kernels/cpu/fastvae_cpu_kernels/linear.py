@@ -2,8 +2,9 @@
 
     d pre-activation = dy where y > 0 (relu),   dy (1 - y^2) (tanh);   db = its sums over the rows
 
-The products are PyTorch's own: oneDNN's where they are large, which adds the bias and cuts at zero as it writes, and
-those of its BLAS where they are small, or accumulate over the rows.
+Where threads share a product that is not too large, each makes its own features, see `_split.py`. The others are
+PyTorch's: oneDNN's where they are large, which adds the bias and cuts at zero as it writes, and those of its
+BLAS where they are small, or accumulate over the rows.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ._math import ONE, ZERO
 from ._pieces import add_piece, store_piece
 from ._pointers import f32_at, f32_scratch, f64_at
 from ._reduce import PartialSums
+from ._split import parts_of, split_bwd, split_fwd
 from ._threads import run
 
 __all__ = ["activation_bwd_", "hidden_bwd", "linear_bwd", "linear_fwd"]
@@ -42,14 +44,21 @@ def _tanh_piece(dy: Any, y: Any, out: Any, count: int) -> None:
         out[i] = dy[i] * (ONE - y[i] * y[i])
 
 
+@loop
+def _sum_loop(piece: Any, more: Any, out: Any, count: int) -> None:
+    for i in range(count):
+        out[i] = piece[i] + more[i]
+
+
 @kernel
 def _activation_bwd_kernel(
     first_tile: int,
     last_tile: int,
-    dy: int,  # float32 [B, D], contiguous; becomes the gradient before the activation
+    dy: int,  # float32 [parts, B, D], contiguous; the first becomes the gradient before the activation
     y: int,  # float32 [B, D], contiguous
     sums: int,  # float64 [tiles down, D]
     activation: int,
+    parts: int,
     K: int,  # 1
     B: int,
     D: int,
@@ -64,6 +73,9 @@ def _activation_bwd_kernel(
         for b in range(block * height, min(B, (block + 1) * height)):
             for d in range(part * width, end, PIECE):
                 count, at = min(PIECE, end - d), 4 * (b * D + d)
+                for i in range(1, parts):
+                    _sum_loop(f32_at(dy + at), f32_at(dy + at + 4 * i * B * D), piece, count)
+                    store_piece(piece, f32_at(dy + at), count)
                 if activation == NONE:
                     add_piece(f32_at(dy + at), f64_at(sums + 8 * (block * D + d)), count)
                 else:
@@ -80,9 +92,12 @@ def activation_bwd_(
 ) -> tuple[Tensor, Tensor | None]:
     """(`dy` as the gradient before the activation, its sums over the rows `[D]`); both `[B, D]` and contiguous.
 
+    `dy` may come in parts to be added, `[parts, B, D]`; the first of them is returned.
+
     With `column_sum` `[D]`, a part of `ColumnSums`, the sums go there and none are returned.
     """
-    grid = plan(dy.shape)
+    grid = plan(y.shape)
+    parts = dy if dy.ndim == 3 else dy.unsqueeze(0)
     sums = PartialSums(grid)
     run(
         _activation_bwd_kernel,
@@ -92,10 +107,11 @@ def activation_bwd_(
         y.data_ptr(),
         sums.address,
         _ACTIVATIONS[activation],
+        len(parts),
         *grid.sizes,
     )
     total = sums.per_column(column_sum)
-    return dy, total if column_sum is None else None
+    return (dy if dy.ndim == 2 else dy[0]), total if column_sum is None else None
 
 
 def _onednn(x: Tensor, weight: Tensor) -> bool:
@@ -104,18 +120,22 @@ def _onednn(x: Tensor, weight: Tensor) -> bool:
 
 def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
     """activation(x W^T + b) `[B, O]`, for x `[B, I]`, weight `[O, I]`, bias `[O]`."""
-    if _onednn(x, weight):
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, weight, bias, "none" if activation == "tanh" else activation, [], ""
-        )
+    y: Tensor
+    if (parts := parts_of(x, weight)) > 1:
+        y = split_fwd(x, weight, bias, activation == "relu", parts)
+    elif _onednn(x, weight):
+        fused = "none" if activation == "tanh" else activation
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, fused, [], "")
     else:
         y = torch.addmm(bias, x, weight.t())
         y = y.relu_() if activation == "relu" else y
     return y.tanh_() if activation == "tanh" else y
 
 
-def linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, needs_dx: bool, dweight: Tensor) -> Tensor | None:
-    """The gradient `[B, I]` of x, if it is needed; that of the weight goes to `dweight` `[O, I]`."""
+def _linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, needs_dx: bool, dweight: Tensor) -> Tensor | None:
+    """As `linear_bwd`, but the gradient of x may come in parts to be added, `[parts, B, I]`."""
+    if (parts := parts_of(x, weight)) > 1:
+        return split_bwd(dy, x, weight, needs_dx, dweight, parts)
     torch.mm(dy.t(), x, out=dweight)
     if not needs_dx:
         return None
@@ -125,11 +145,22 @@ def linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, needs_dx: bool, dweight: T
     return dy @ weight
 
 
+def linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, needs_dx: bool, dweight: Tensor) -> Tensor | None:
+    """The gradient `[B, I]` of x, if it is needed; that of the weight goes to `dweight` `[O, I]`."""
+    dx = _linear_bwd(dy, x, weight, needs_dx, dweight)
+    if dx is None or dx.ndim == 2:
+        return dx
+    total, *others = dx
+    for part in others:
+        total += part
+    return total
+
+
 def hidden_bwd(dy: Tensor, y: Tensor, weight: Tensor, activation: str, dweight: Tensor, column_sum: Tensor) -> Tensor:
     """`linear_bwd` for y = activation(...), and then `activation_bwd_`: the gradient before the activation `[B, I]`.
 
     Its sums over the rows go to `column_sum` `[I]`, a part of `ColumnSums`.
     """
-    dx = linear_bwd(dy, y, weight, True, dweight)
+    dx = _linear_bwd(dy, y, weight, True, dweight)
     assert dx is not None
     return activation_bwd_(dx, y, activation, column_sum)[0]
