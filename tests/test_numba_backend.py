@@ -403,6 +403,8 @@ def alone(loop: Callable[..., object]) -> str:
         element = "u32" if name in ("words", "counters") else "f32"
         if parameter.annotation == "int":
             arguments.append(name)
+        elif parameter.annotation == "bool":
+            arguments.append(f"{name} != 0")
         elif name in ("weight", "dkl", "dr"):
             arguments.append(f"f32_at({name})[0]")
         elif element == "u32" or name not in outputs:

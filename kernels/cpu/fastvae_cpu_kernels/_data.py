@@ -13,7 +13,7 @@ from ._math import ONE, ZERO
 from ._philox import draw_uniforms, fill_counters, to_words
 from ._pointers import f32_at, f32_scratch, u8_at, u32_scratch
 
-__all__ = ["FLOAT", "binarize_piece", "data_kind", "load_piece"]
+__all__ = ["FLOAT", "binarize_piece", "data_kind", "load_piece", "piece_at"]
 
 FLOAT, BYTE, BOOL = range(3)
 _KINDS = {torch.float32: FLOAT, torch.uint8: BYTE, torch.bool: BOOL}
@@ -48,6 +48,15 @@ def load_piece(row: int, kind: int, first: int, count: int, x: Any) -> None:
         else:
             for d in range(count):
                 x[d] = np.float32(data[d])
+
+
+@loop
+def piece_at(row: int, kind: int, first: int, count: int, scratch: Any) -> Any:
+    """As `load_piece`, but where floats lie they are left; a pointer to the values."""
+    if kind == FLOAT:
+        return f32_at(row + 4 * first)
+    load_piece(row, kind, first, count, scratch)
+    return scratch
 
 
 @routine

@@ -2,8 +2,8 @@
 
 `torch.get_num_threads()` is obeyed, and the threads are torch's own, those of its OpenMP runtime: they still wait awake
 for its next product. Others would have to be woken, and to share the cores with these. Tiles are handed out in chunks,
-each to whoever asks first, so that a thread that is not scheduled, because another process has its core, holds up one
-chunk at most.
+those of a thread's own share to whoever asks first, so that a thread that is not scheduled, because another process has
+its core, holds up one chunk at most.
 
 Where the cores are taken, the caller still waits for all threads. So every shared call is compared with what the caller
 would have needed alone, and after one that lost time, the kernel is not shared until that is a small part of the whole.

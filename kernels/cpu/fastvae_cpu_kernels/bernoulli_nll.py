@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ._data import binarize_piece, data_kind, load_piece
+from ._data import binarize_piece, data_kind, load_piece, piece_at
 from ._jit import kernel, loop, term
 from ._layout import NO_ROWS, PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
 from ._math import ONE, ZERO, exp, log1p
 from ._pieces import add_piece, row_address, store_piece
-from ._pointers import f32_at, f32_scratch, f64_at, i64_at
+from ._pointers import f32_at, f32_scratch, f64_at, i64_at, shifted
 from ._reduce import PartialSums, row_sums, row_totals
 from ._threads import run
 
@@ -56,13 +56,13 @@ def _clear(q: Any, lanes: int) -> None:
 
 
 @loop
-def _nll_piece(logits: Any, x: Any, q: Any, count: int) -> Any:
-    """The sum of the linear terms; the others are multiplied into `q`."""
+def _nll_piece(logits: Any, x: Any, q: Any, first: bool, count: int) -> Any:
+    """The sum of the linear terms; the others are multiplied into `q`, or put there if they are the first."""
     total = ZERO
     for d in range(count):
         e = exp(-abs(logits[d]))
         total += _linear_term(logits[d], x[d])
-        q[d] = _times(q[d], e)
+        q[d] = e if first else _times(q[d], e)
     return total
 
 
@@ -73,13 +73,13 @@ def _grad_piece(logits: Any, x: Any, weight: Any, grad: Any, count: int) -> None
 
 
 @loop
-def _nll_and_grad_piece(logits: Any, x: Any, weight: Any, q: Any, grad: Any, count: int) -> Any:
+def _nll_and_grad_piece(logits: Any, x: Any, weight: Any, q: Any, first: bool, grad: Any, count: int) -> Any:
     """Both, with one exponential."""
     total = ZERO
     for d in range(count):
         e = exp(-abs(logits[d]))
         total += _linear_term(logits[d], x[d])
-        q[d] = _times(q[d], e)
+        q[d] = e if first else _times(q[d], e)
         grad[d] = weight * _grad_term(logits[d], x[d], e)
     return total
 
@@ -92,7 +92,7 @@ def _fold(q: Any, half: int) -> None:
 
 @loop
 def _log_of_product(q: Any, lanes: int) -> Any:
-    """The logarithm of the product of 1 + q[:lanes]; q is 0 afterwards."""
+    """The logarithm of the product of 1 + q[:lanes]."""
     width = lanes
     while width > LANES:
         width //= 2
@@ -100,7 +100,6 @@ def _log_of_product(q: Any, lanes: int) -> Any:
     total = ZERO
     for i in range(LANES):
         total += log1p(q[i])
-    _clear(q, lanes)
     return total
 
 
@@ -128,7 +127,6 @@ def _bernoulli_kernel(
     lanes = LANES
     while lanes < min(PIECE, width):
         lanes *= 2
-    _clear(q, lanes)
     # a gradient that overwrites nothing is written where it belongs: a check of the addresses lets LLVM vectorise that
     direct = grad[0] != logits[0]
     for tile in range(first_tile, last_tile):
@@ -145,22 +143,28 @@ def _bernoulli_kernel(
             end = min(D, (part + 1) * width)
             for d in range(part * width, end, PIECE):
                 count = min(PIECE, end - d)
-                load_piece(x_row, x_kind, d, count, x_piece)
-                if seed != 0:
+                first = (d - part * width) // PIECE % FLUSH == 0
+                if seed == 0:
+                    x_here = piece_at(x_row, x_kind, d, count, x_piece)
+                else:
+                    load_piece(x_row, x_kind, d, count, x_piece)
                     binarize_piece(x_piece, d, count, i64_at(seed)[0], b + example_offset)
+                    x_here = x_piece
+                if nll != 0 and first and count < lanes:
+                    _clear(shifted(q, count), lanes - count)
                 if weight[0] == 0:
-                    total += _nll_piece(f32_at(l_row + 4 * d), x_piece, q, count)
+                    total += _nll_piece(f32_at(l_row + 4 * d), x_here, q, first, count)
                 else:
                     to = f32_at(grad_row + 4 * d) if direct else grad_piece
                     if nll != 0:
-                        total += _nll_and_grad_piece(f32_at(l_row + 4 * d), x_piece, w, q, to, count)
+                        total += _nll_and_grad_piece(f32_at(l_row + 4 * d), x_here, w, q, first, to, count)
                     else:
-                        _grad_piece(f32_at(l_row + 4 * d), x_piece, w, to, count)
+                        _grad_piece(f32_at(l_row + 4 * d), x_here, w, to, count)
                     if not direct:
                         store_piece(grad_piece, f32_at(grad_row + 4 * d), count)
                     if sums != 0:
                         add_piece(to, f64_at(sums + 8 * (block * D + d)), count)
-                if nll != 0 and (d + count == end or (d // PIECE + 1) % FLUSH == 0):
+                if nll != 0 and (d + count == end or ((d - part * width) // PIECE + 1) % FLUSH == 0):
                     total += _log_of_product(q, lanes)
             if nll != 0:
                 f32_at(nll)[r * across + part] = np.float32(total)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ._data import data_kind, load_piece
+from ._data import data_kind, piece_at
 from ._jit import kernel, loop, term
 from ._layout import NO_ROWS, PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
 from ._math import HALF, ONE, ZERO, exp
@@ -110,17 +110,17 @@ def _gaussian_kernel(
             end = min(D, (part + 1) * width)
             for d in range(part * width, end, PIECE):
                 count = min(PIECE, end - d)
-                load_piece(x_row, x_kind, d, count, x_piece)
+                x_here = piece_at(x_row, x_kind, d, count, x_piece)
                 m, v = f32_at(mu_row + 4 * d), f32_at(logvar_row + 4 * d)
                 if weight[0] == 0:
-                    total += _nll_piece(m, v, x_piece, count)
+                    total += _nll_piece(m, v, x_here, count)
                 else:
                     to_mu = f32_at(dmu_row + 4 * d) if direct else dmu_piece
                     to_logvar = f32_at(dlogvar_row + 4 * d) if direct else dlogvar_piece
                     if nll != 0:
-                        total += _nll_and_grad_piece(m, v, x_piece, w, to_mu, to_logvar, count)
+                        total += _nll_and_grad_piece(m, v, x_here, w, to_mu, to_logvar, count)
                     else:
-                        _grad_piece(m, v, x_piece, w, to_mu, to_logvar, count)
+                        _grad_piece(m, v, x_here, w, to_mu, to_logvar, count)
                     if not direct:
                         store_piece(dmu_piece, f32_at(dmu_row + 4 * d), count)
                         if dlogvar[0] != 0:
