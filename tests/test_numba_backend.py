@@ -23,7 +23,7 @@ import llvmlite.binding
 import numba
 import pytest
 import torch
-from fastvae_cpu_kernels import _jit, _layout, _pieces, _pointers, _split, _threads, adam
+from fastvae_cpu_kernels import _gemm, _jit, _layout, _pieces, _pointers, _products, _threads, adam
 from fastvae_cpu_kernels._region import Job, region_of
 from torch import Tensor
 
@@ -187,33 +187,42 @@ def test_no_chunk_is_taken_twice() -> None:
         assert (counts == rounds).all()
 
 
-@pytest.fixture
-def split_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of whatever size."""
-    if _split.blas() is None:
-        pytest.skip("torch has no MKL")
-    monkeypatch.setattr(_split, "_LEAST_WEIGHTS", 0)
+needs_avx512 = pytest.mark.skipif(not _gemm.available(), reason="written for AVX-512")
 
 
-@pytest.mark.usefixtures("always_share", "split_products")
-@pytest.mark.parametrize("threads", [2, 3])
-@pytest.mark.parametrize(("B", "inputs", "outputs"), [(1, 5, 24), (7, 1030, 50), (33, 20, 1111)])
+@needs_avx512
+@pytest.mark.usefixtures("always_share")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("B", "inputs", "outputs"),
+    [(8, 5, 24), (9, 1030, 50), (33, 20, 1111), (48, 48, 48), (100, 130, 64), (128, 784, 400)],
+)
 @pytest.mark.parametrize("activation", ["none", "relu", "tanh"])
-def test_products_split_among_threads(threads: int, B: int, inputs: int, outputs: int, activation: str) -> None:
+def test_products_of_a_layer(threads: int, B: int, inputs: int, outputs: int, activation: str) -> None:
+    """Also between values that must not be looked at, and from places that no vector is aligned to."""
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
-    x, dy, weight, bias = (
-        torch.randn(shape, generator=generator) for shape in ((B, inputs), (B, outputs), (outputs, inputs), (outputs,))
-    )
-    assert _split.parts_of(x, weight) == threads
+
+    def inside(*shape: int) -> Tensor:
+        """A random matrix amid NaN."""
+        values = torch.randn(shape, generator=generator)
+        around = torch.full((values.numel() + 34,), float("nan"))
+        return around[17:-17].view(shape).copy_(values)
+
+    x, dy, weight, bias = inside(B, inputs), inside(B, outputs), inside(outputs, inputs), inside(outputs)
+    assert _products.parts_of(x, weight) == min(threads, -(-outputs // _gemm.LANES))
     apply = getattr(torch, activation, lambda y: y)
     y = kernels.linear_fwd(x, weight, bias, activation)
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     assert_accurate(y, apply(exact), apply(torch.nn.functional.linear(x, weight, bias)), factor=4.0)
+    dweight = inside(outputs, inputs)
+    around = dweight._base
+    assert around is not None
     for needs_dx in (True, False):
-        dweight = torch.full_like(weight, float("nan"))
+        dweight.fill_(float("nan"))
         dx = kernels.linear_bwd(dy, x, weight, needs_dx, dweight)
         assert_accurate(dweight, dy.double().t() @ x.double(), dy.t() @ x, factor=4.0)
+        assert around.isnan().sum() == 34
         assert (dx is not None) == needs_dx
         if dx is not None:
             assert_accurate(dx, dy.double() @ weight.double(), dy @ weight, factor=4.0)
@@ -224,9 +233,17 @@ def test_products_split_among_threads(threads: int, B: int, inputs: int, outputs
     assert_accurate(sums, ((dy.double() @ weight.double()) * slope).sum(0), ((dy @ weight) * slope).sum(0), factor=4.0)
 
 
-@pytest.mark.usefixtures("always_share", "split_products")
-def test_a_split_product_is_the_same_whoever_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the caller makes all parts, outside of a team: MKL would share each, and split its sums."""
+@needs_avx512
+def test_the_cut_at_zero_keeps_nan() -> None:
+    x, weight, bias = torch.ones(16, 4), torch.ones(8, 4), torch.arange(-7.0, 1.0)
+    x[3, 1] = float("nan")
+    expected = (x @ weight.t() + bias).relu()
+    torch.testing.assert_close(kernels.linear_fwd(x, weight, bias, "relu"), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_avx512
+@pytest.mark.usefixtures("always_share")
+def test_a_product_is_the_same_whoever_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(3)
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((128, 400), (60, 400), (60,)))
@@ -236,25 +253,27 @@ def test_a_split_product_is_the_same_whoever_makes_it(monkeypatch: pytest.Monkey
     assert torch.equal(kernels.linear_fwd(x, weight, bias, "relu"), shared)
 
 
-def test_which_products_are_split(split_products: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_avx512
+def test_which_products_are_ours() -> None:
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     x, weight = torch.zeros(128, 784), torch.zeros(400, 784)
     try:
         torch.set_num_threads(2)
-        assert _split.parts_of(x, weight) == 2
-        assert _split.parts_of(x[:, ::2], weight[:, ::2]) == 1
-        # not worth it: large ones, small ones, few features
-        assert _split.parts_of(x.expand(4, 128, 784).flatten(0, 1), weight) == 1
-        assert _split.parts_of(x, weight[:15]) == 1
-        monkeypatch.setattr(_split, "_LEAST_WEIGHTS", weight.numel() + 1)
-        assert _split.parts_of(x, weight) == 1
-        monkeypatch.undo()
+        assert _products.parts_of(x, weight) == 2
+        assert _products.parts_of(x[:, ::2], weight[:, ::2]) == 0
+        # many multiplications, a long sum, not a vector of examples
+        assert _products.parts_of(x.expand(8, 128, 784).flatten(0, 1), weight) == 0
+        assert _products.parts_of(torch.zeros(8, 4097), torch.zeros(16, 4097)) == 0
+        assert _products.parts_of(x[:7], weight) == 0
+        # little work, few features
+        assert _products.parts_of(x, weight[:16]) == 1
+        assert _products.parts_of(torch.zeros(128, 4096), torch.zeros(15, 4096)) == 1
         # one that may be rounded is oneDNN's to make
         torch.set_float32_matmul_precision("medium")
-        assert _split.parts_of(x, weight) == 1
+        assert _products.parts_of(x, weight) == 0
         torch.set_float32_matmul_precision("highest")
         torch.set_num_threads(1)
-        assert _split.parts_of(x, weight) == 1
+        assert _products.parts_of(x, weight) == 1
     finally:
         torch.set_num_threads(before[0])
         torch.set_float32_matmul_precision(before[1])
@@ -456,6 +475,17 @@ def test_hot_loops_are_vectorised(name: str, hot: list[str]) -> None:
     vector = "[yz]mm" if llvmlite.binding.get_host_cpu_features().get("avx2") else "xmm"
     for instruction in hot:
         assert re.search(rf"\bv?{packed[instruction]}\s.*{vector}", assembly), f"{name}: no vectors of {instruction}"
+
+
+@needs_avx512
+def test_a_tile_stays_in_registers() -> None:
+    """A step of k is 24 multiply-adds of whole vectors, and nothing is put aside in it."""
+    compiled = numba.njit(**_jit._KERNEL)(_gemm.product.py_func)
+    compiled.compile((numba.int64,) * 10)
+    (assembly,) = compiled.inspect_asm().values()
+    steps = [block for block in re.split(r"\n(?=\S+:)", assembly) if len(re.findall("vfmadd.*zmm", block)) == 24]
+    assert steps
+    assert not any(re.search(r"vmov[au]ps\s+%zmm\d+, .*\(", block) for block in steps)
 
 
 def test_the_cache_is_used_by_other_processes_and_by_no_other_source(tmp_path: Path) -> None:

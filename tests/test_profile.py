@@ -27,7 +27,7 @@ def test_a_profile_names_the_stages_and_writes_a_trace(likelihood, tmp_path):
     for stage in profile.STAGES:
         assert stage in trace
         assert f"| {stage}" in report
-    assert "aten::addmm" in report
+    assert "aten::addmm" in report or "fastvae::linear_fwd" in report
     # the trainer's own step: the paper's model goes without autograd
     assert ("aten::addmm" in report and "Backward" in report) == (likelihood == "gaussian")
     # what was patched is as before

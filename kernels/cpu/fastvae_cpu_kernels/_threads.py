@@ -27,7 +27,7 @@ from ._native import address_of
 from ._record import launch
 from ._region import Job, region_of
 
-__all__ = ["run", "team"]
+__all__ = ["run", "team", "worth_sharing"]
 
 # sharing takes 10 to 15 microseconds: less work than this is done sooner alone
 _WORTH_SHARING_NS = 40_000
@@ -87,6 +87,11 @@ def team() -> int:
     return torch.get_num_threads() if _openmp() is not None and not _forked else 1
 
 
+def worth_sharing(nanoseconds: float) -> bool:
+    """Whether so much work on one thread is done sooner by several."""
+    return nanoseconds > _WORTH_SHARING_NS
+
+
 def run(kernel: Callable[..., None], plan: Plan, nanoseconds: float, *args: Any) -> None:
     """Calls `kernel(first_tile, last_tile, *args)` for all tiles; `nanoseconds` estimates the work on one thread."""
     launch(_run, kernel, plan, nanoseconds, args)
@@ -94,7 +99,7 @@ def run(kernel: Callable[..., None], plan: Plan, nanoseconds: float, *args: Any)
 
 def _run(kernel: Callable[..., None], plan: Plan, nanoseconds: float, args: tuple[Any, ...]) -> None:
     threads = 1
-    if nanoseconds > _WORTH_SHARING_NS:
+    if worth_sharing(nanoseconds):
         threads = min(team(), plan.tiles)
     share = threads > 1 and _patience[kernel].share()
     parallel, region = (_openmp(), region_of(kernel)) if share else (None, None)

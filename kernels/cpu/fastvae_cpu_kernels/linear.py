@@ -2,9 +2,9 @@
 
     d pre-activation = dy where y > 0 (relu),   dy (1 - y^2) (tanh);   db = its sums over the rows
 
-Where threads share a product that is not too large, each makes its own features, see `_split.py`. The others are
-PyTorch's: oneDNN's where they are large, which adds the bias and cuts at zero as it writes, and those of its
-BLAS where they are small, or accumulate over the rows.
+The products of a small step are those of `_products.py`. Large ones, and all on other processors, are PyTorch's:
+oneDNN's where there are many weights, which adds the bias and cuts at zero as it writes, and those of its BLAS where
+there are few, or the sum is over the rows.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ._layout import PIECE, plan
 from ._math import ONE, ZERO
 from ._pieces import add_piece, store_piece
 from ._pointers import f32_at, f32_scratch, f64_at
+from ._products import layer_bwd, layer_fwd, parts_of
 from ._reduce import PartialSums
-from ._split import parts_of, split_bwd, split_fwd
 from ._threads import run
 
 __all__ = ["activation_bwd_", "hidden_bwd", "linear_bwd", "linear_fwd"]
@@ -121,8 +121,8 @@ def _onednn(x: Tensor, weight: Tensor) -> bool:
 def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
     """activation(x W^T + b) `[B, O]`, for x `[B, I]`, weight `[O, I]`, bias `[O]`."""
     y: Tensor
-    if (parts := parts_of(x, weight)) > 1:
-        y = split_fwd(x, weight, bias, activation == "relu", parts)
+    if parts := parts_of(x, weight):
+        y = layer_fwd(x, weight, bias, activation == "relu", parts)
     elif _onednn(x, weight):
         fused = "none" if activation == "tanh" else activation
         y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, fused, [], "")
@@ -134,8 +134,8 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tens
 
 def _linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, needs_dx: bool, dweight: Tensor) -> Tensor | None:
     """As `linear_bwd`, but the gradient of x may come in parts to be added, `[parts, B, I]`."""
-    if (parts := parts_of(x, weight)) > 1:
-        return split_bwd(dy, x, weight, needs_dx, dweight, parts)
+    if parts := parts_of(x, weight):
+        return layer_bwd(dy, x, weight, needs_dx, dweight, parts)
     torch.mm(dy.t(), x, out=dweight)
     if not needs_dx:
         return None
