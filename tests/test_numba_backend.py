@@ -319,13 +319,20 @@ def test_a_forked_child_works_alone() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_sharing_pauses_until_what_it_lost_is_little() -> None:
+def test_sharing_pauses_for_longer_and_longer_until_what_it_lost_is_little() -> None:
     patience = _threads._Patience()
-    for together, calls in ((0.5, 0), (0.9, 0), (0.95, 1), (1.9, 20), (1000.0, 512)):
+
+    def pauses(together: float) -> int:
+        """How many calls are not shared after one that took so long, and would have taken 1 alone."""
         patience.learn(together, 1.0)
-        for _ in range(calls):
-            assert not patience.share()
-        assert patience.share()
+        return next(calls for calls in range(1000) if patience.share())
+
+    assert [pauses(together) for together in (0.5, 0.9, 1.9, 1.9, 1.9, 1.9, 1.9, 1.9)] == [0, 0, 2, 4, 8, 16, 20, 20]
+    # one that pays is not enough, many are
+    assert pauses(0.5) == 0
+    assert pauses(1.9) == 20
+    assert not any(pauses(0.5) for _ in range(100))
+    assert [pauses(together) for together in (0.95, 1000.0)] == [1, 512]
 
 
 # --- shapes and layouts -----------------------------------------------------------------------------------------------

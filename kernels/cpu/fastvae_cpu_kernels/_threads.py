@@ -6,14 +6,15 @@ those of a thread's own share to whoever asks first, so that a thread that is no
 its core, holds up one chunk at most.
 
 Where the cores are taken, the caller still waits for all threads. So every shared call is compared with what the caller
-would have needed alone, and after one that lost time, the kernel is not shared until that is a small part of the whole.
+would have needed alone, and after one that lost time, the kernel is not shared for a while: a short one, as a core is
+often away for a moment only, and twice as long after each further loss, until what is lost is a small part of all.
+It takes many calls that pay to forget a loss: of a core that is taken, every other time slice may be ours.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import os
 import time
 from collections import defaultdict
@@ -32,9 +33,11 @@ __all__ = ["run", "team", "worth_sharing"]
 # sharing takes 10 to 15 microseconds: less work than this is done sooner alone
 _WORTH_SHARING_NS = 40_000
 _CHUNKS_PER_THREAD = 4
-# a shared call pays if it takes at most this part of the time of the caller alone; what it loses, of the calls until
-# the next one
+# a shared call pays if it takes at most this part of the time of the caller alone; the least that losses come to, as a
+# part of the calls in between
 _PAYS, _LOSS, _LONGEST_PAUSE = 0.9, 0.05, 512
+# of the losses, what a call that pays leaves
+_FORGETS = 0.9
 
 
 @functools.cache
@@ -63,7 +66,7 @@ class _Patience:
     """Whether sharing pays at present."""
 
     def __init__(self) -> None:
-        self.skip = 0
+        self.skip, self.losses = 0, 0.0
 
     def share(self) -> bool:
         if self.skip == 0:
@@ -74,8 +77,12 @@ class _Patience:
     def learn(self, together: float, alone: float) -> None:
         """Seconds that a shared call took, and that the caller would have needed for it."""
         lost = together - _PAYS * alone
-        if lost > 0.0:
-            self.skip = math.ceil(min(_LONGEST_PAUSE, lost / max(_LOSS * alone, 1e-9)))
+        if lost <= 0.0:
+            self.losses *= _FORGETS
+            return
+        self.losses += 1.0
+        calls = min(2.0**self.losses, 1.0 / _LOSS) * lost / max(alone, 1e-9)
+        self.skip = max(1, round(min(_LONGEST_PAUSE, calls)))
 
 
 # by kernel: how much work one has differs less from call to call
