@@ -139,7 +139,8 @@ def train(header: Record, found: Sequence[Record]) -> dict[str, Figure]:
     height = 0.9 + 0.24 * len(providers)
     figure = Figure(figsize=(4.2 * columns + 1.0, height * rows + 0.6), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, setting in zip(panels, settings):
+    # the settings first: of the panels, none is taken too many
+    for setting, axes in zip(settings, panels):
         own = [r for r in throughput if (r["model"], r["batch_size"], r["condition"]) == setting]
         _train_panel(axes, sorted(own, key=lambda r: r["images_per_s"][1]))
         axes.set_title(f"{setting[0]}, batch {setting[1]}, {setting[2]}", fontsize=9)
