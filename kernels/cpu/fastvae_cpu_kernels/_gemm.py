@@ -1,4 +1,4 @@
-"""Matrix products of a few million multiplications, in the calling thread, without a copy of either matrix.
+"""Matrix products whose matrices fit a cache, in the calling thread, without a copy of either.
 
     C[i, j] = sum_k A[i, k] B[k, j],  tile by tile: 8 rows and up to 48 columns, in 24 vector registers
 

@@ -42,6 +42,7 @@ def parts_of(x: Tensor, weight: Tensor) -> int:
         and multiplies <= _MOST_MULTIPLIES
         and max(len(x), *weight.shape) <= _LONGEST_SUM
         and x.is_contiguous()
+        and weight.is_contiguous()
         # float32 is all that there is here
         and torch.get_float32_matmul_precision() == "highest"
     )

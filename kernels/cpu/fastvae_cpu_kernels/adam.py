@@ -86,7 +86,7 @@ def _tables(places: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
     """The tiles of all parameters, and their counters; from step to step mostly nothing of it moves.
 
     First those at the beginning of each parameter, last those at its end: the share of a thread is then a part of each,
-    as its share of a product is, see `linear.py`.
+    as its share of a product is, see `_products.py`.
     """
     tiles = [
         (first / elements, [*(address + 4 * first for address in addresses), step, min(_TILE, elements - first)])

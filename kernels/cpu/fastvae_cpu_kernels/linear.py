@@ -96,8 +96,7 @@ def activation_bwd_(
 
     With `column_sum` `[D]`, a part of `ColumnSums`, the sums go there and none are returned.
     """
-    grid = plan(y.shape)
-    parts = dy if dy.ndim == 3 else dy.unsqueeze(0)
+    grid, parts = plan(y.shape), len(dy) if dy.ndim == 3 else 1
     sums = PartialSums(grid)
     run(
         _activation_bwd_kernel,
@@ -107,11 +106,11 @@ def activation_bwd_(
         y.data_ptr(),
         sums.address,
         _ACTIVATIONS[activation],
-        len(parts),
+        parts,
         *grid.sizes,
     )
     total = sums.per_column(column_sum)
-    return (dy if dy.ndim == 2 else dy[0]), total if column_sum is None else None
+    return dy[0] if dy.ndim == 3 else dy, total if column_sum is None else None
 
 
 def _onednn(x: Tensor, weight: Tensor) -> bool:
