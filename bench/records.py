@@ -18,8 +18,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fastvae.checkpoint import write_atomic
-
 __all__ = ["Record", "cpu_name", "default_path", "gpu_name", "header", "read", "versions", "write"]
 
 Record = dict[str, Any]
@@ -29,13 +27,14 @@ DISTRIBUTIONS = ("torch", "triton", "numba", "numpy")
 
 
 def cpu_name() -> str:
-    """The processor's model name."""
+    """The processor's model name, and with Linux on x86 its family and model, as generations share a name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name", platform.machine())
+    return f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
 
 
 def versions(names: Iterable[str] = DISTRIBUTIONS) -> dict[str, str]:
@@ -93,6 +92,9 @@ def default_path(bench: str, device: str) -> Path:
 
 def write(path: Path, records: Iterable[Record]) -> None:
     """Write a result file atomically."""
+    # not above: the rivals' own environments, which take this module's `versions`, have no fastvae
+    from fastvae.checkpoint import write_atomic
+
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
 

@@ -112,7 +112,8 @@ def _start(arguments: Arguments, work: Work) -> tuple[list[Started], list[Record
             ready = worker.wait_ready()
             if isinstance(ready, WorkerError):
                 worker.close()
-                reasons.setdefault(name, str(ready))
+                # the rivals' own environment has the last word
+                reasons[name] = str(ready)
             else:
                 started[name] = Started(name, worker, ready)
     in_order = [started[name] for name in arguments.providers if name in started]
