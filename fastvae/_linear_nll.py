@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn.functional import linear, softplus
+from torch.nn.functional import softplus
 
 from fastvae import reference
 from fastvae._autograd import Grad, Kernels, reference_grads
+from fastvae._linear import exact_linear, linear, linear_grads
 
 CHUNK_BYTES = 16 * 2**20
 """Size of a chunk of the output: thousands of rows of an image model, as many as a matrix product wants."""
@@ -122,7 +123,7 @@ def forward(likelihood: Likelihood, h: Tensor, weight: Tensor, bias: Tensor, x: 
         return fused
     nll = h.new_empty(h.shape[:2], dtype=torch.float32)
     for part in _chunks(h, len(bias)):
-        nll[part] = likelihood.nll(linear(h[part], weight, bias), x[part])
+        nll[part] = likelihood.nll(linear(likelihood.kernels, h[part], weight, bias), x[part])
     return nll
 
 
@@ -136,7 +137,7 @@ class LinearNLL(Function):
             ctx.save_for_backward(h, weight, bias, x, None)
             return forward(likelihood, h, weight, bias, x)
         one = h.new_ones((), dtype=torch.float32).expand(h.shape[:2])
-        nll, grad = likelihood.nll_and_grad(linear(h, weight, bias), x, one)
+        nll, grad = likelihood.nll_and_grad(linear(likelihood.kernels, h, weight, bias), x, one)
         ctx.save_for_backward(h, weight, bias, x, grad)
         return nll
 
@@ -145,40 +146,47 @@ class LinearNLL(Function):
         h, weight, bias, x, grad = ctx.saved_tensors
         likelihood, needed = ctx.likelihood, ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
-            grads = reference_grads(lambda *layer: likelihood.exact(linear(*layer), x), (h, weight, bias), (dnll,))
+            grads = reference_grads(
+                lambda *layer: likelihood.exact(exact_linear(*layer), x), (h, weight, bias), (dnll,)
+            )
         elif grad is not None:
-            grads = _weighted(needed, dnll, h, weight, grad)
+            grads = _weighted(likelihood, needed, dnll, h, weight, grad)
         else:
             grads = _recomputed(likelihood, needed, dnll, h, weight, bias, x)
         return None, *grads, None
 
 
 def _weighted(
-    needed: tuple[bool, ...], dnll: Tensor, h: Tensor, weight: Tensor, grad: Tensor
+    likelihood: Likelihood, needed: tuple[bool, bool, bool], dnll: Tensor, h: Tensor, weight: Tensor, grad: Tensor
 ) -> tuple[Grad, Grad, Grad]:
     """dh, dW, db, those that are needed, from G."""
     w = dnll.to(h.dtype).unsqueeze(-1)
-    columns = grad.flatten(0, -2).t()
-    dh = w * (grad @ weight) if needed[0] else None
-    dweight = columns @ (w * h).flatten(0, -2) if needed[1] else None
-    dbias = columns @ w.flatten() if needed[2] else None
-    return dh, dweight, dbias
+    dh, dweight = linear_grads(likelihood.kernels, grad, w * h, weight, needed[:2])
+    dbias = grad.flatten(0, -2).t() @ w.flatten() if needed[2] else None
+    return None if dh is None else w * dh, dweight, dbias
 
 
 def _recomputed(
-    likelihood: Likelihood, needed: tuple[bool, ...], dnll: Tensor, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor
+    likelihood: Likelihood,
+    needed: tuple[bool, bool, bool],
+    dnll: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x: Tensor,
 ) -> tuple[Grad, Grad, Grad]:
     """The same from chunks that are made again, w folded in by the kernel; sums over chunks in float32."""
     dh = torch.empty_like(h) if needed[0] else None
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if needed[1] else None
     dbias = bias.new_zeros(bias.shape, dtype=torch.float32) if needed[2] else None
     for part in _chunks(h, len(bias)):
-        _, grad = likelihood.nll_and_grad(linear(h[part], weight, bias), x[part], dnll[part])
-        if dh is not None:
-            dh[part] = grad @ weight
-        rows = grad.flatten(0, -2)
-        if dweight is not None:
-            dweight += rows.t() @ h[part].flatten(0, -2)
+        out = linear(likelihood.kernels, h[part], weight, bias)
+        _, grad = likelihood.nll_and_grad(out, x[part], dnll[part])
+        dh_part, dweight_part = linear_grads(likelihood.kernels, grad, h[part], weight, needed[:2])
+        if dh is not None and dh_part is not None:
+            dh[part] = dh_part
+        if dweight is not None and dweight_part is not None:
+            dweight += dweight_part
         if dbias is not None:
-            dbias += rows.sum(0, dtype=torch.float32)
+            dbias += grad.flatten(0, -2).sum(0, dtype=torch.float32)
     return dh, None if dweight is None else dweight.to(weight.dtype), None if dbias is None else dbias.to(bias.dtype)

@@ -19,6 +19,7 @@ from torch.autograd import Function
 
 from fastvae import reference
 from fastvae._autograd import Grad, Kernels, reference_grads
+from fastvae._linear import linear, linear_grads
 
 
 class _OnePass(Function):
@@ -147,12 +148,14 @@ class LinearBernoulliLoss(_OnePass):
     @staticmethod
     def grads(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         h, weight, bias, x, row_weight, seed = inputs
-        logits = torch.nn.functional.linear(h, weight, bias)
+        logits = linear(ctx.kernels, h, weight, bias)
         nll, dlogits, dbias = ctx.kernels.bernoulli_nll_with_grad(
             logits, x, row_weight, seed, ctx.example_offset, True, out=logits
         )
-        dweight = dlogits.flatten(0, -2).t() @ h.flatten(0, -2)
-        return nll, dlogits @ weight, dweight, dbias.to(bias.dtype)
+        dh, dweight = linear_grads(ctx.kernels, dlogits, h, weight)
+        assert dh is not None
+        assert dweight is not None
+        return nll, dh, dweight, dbias.to(bias.dtype)
 
     @staticmethod
     def reference_loss(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastvae import _autograd, _linear_nll, _one_pass, reference
+from fastvae import _autograd, _linear, _linear_nll, _one_pass, reference
 from fastvae._checks import (
     broadcast,
     check_num_samples,
@@ -46,6 +46,7 @@ __all__ = [
     "iwae_bound",
     "kl_normal",
     "kl_standard_normal",
+    "linear",
     "linear_bernoulli_nll",
     "linear_bernoulli_nll_loss",
     "linear_gaussian_nll",
@@ -402,6 +403,24 @@ def linear_bernoulli_nll_loss(
     x = data_like(x, h.new_empty(()).expand(*h.shape[:-1], weight.shape[0]))
     row_weight = row_weights(row_weight, h.shape[:-1], h)
     return _one_pass.LinearBernoulliLoss.apply(kernels, h, weight, bias, x, row_weight, seed, example_offset)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    """activation(x W^T + b), by our own matrix products where there are faster ones: float32 on a CPU.
+
+    `x [..., I]`, `weight [O, I]`, `bias [O]`, activation "none", "relu" or "tanh"; returns `[..., O]`, differentiable.
+    PyTorch's products wherever ours would not be quicker (few multiplications, fewer than 8 rows), cannot be used
+    (other types and devices, no AVX-512, no bias, autocast, torch.compile, `torch.func`), or where a lower precision
+    than "highest" is allowed.
+    """
+    kernels = None
+    if bias is not None and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type):
+        kernels = _kernels("linear", x, weight, bias)
+    if bias is None or not hasattr(kernels, "linear_fwd"):
+        return _linear.exact_linear(x, weight, bias, activation)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias)):
+        return _linear.Linear.apply(kernels, x, weight, bias, activation)
+    return _linear.linear(kernels, x, weight, bias, activation)
 
 
 def _check_layer(h: Tensor, weight: Tensor, bias: Tensor) -> None:

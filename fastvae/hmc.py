@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from fastvae import functional as F
 from fastvae import reference
@@ -37,12 +38,15 @@ class Posterior:
 
     def __init__(self, model: VAE, x: Tensor) -> None:
         self.model, self.x = model, x
+        # nobody asks for the gradients of these
+        self.constants = {name: parameter.detach() for name, parameter in model.decoder.named_parameters()}
 
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """U `[C, B]` float32, in nats, and dU/dz."""
         with torch.enable_grad():
             z = z.detach().requires_grad_()
-            U = self.model.likelihood.nll(self.model.decode(z), self.x) + self.prior(z)
+            params = functional_call(self.model.decoder, self.constants, (z,))
+            U = self.model.likelihood.nll(params, self.x) + self.prior(z)
             (grad,) = torch.autograd.grad(U.sum(), z)
         return U.detach(), grad
 

@@ -231,13 +231,13 @@ class VAE(nn.Module):
     def nll(self, z: Tensor, x: Tensor) -> Tensor:
         """-log p(x|z) `[..., B]` in nats, for z `[..., B, L]` and x `[B, D]`; an MLP decoder's output is not kept."""
         if isinstance(self.decoder, MLPDecoder) and self.decoder.has_plain_head():
-            return self.likelihood.linear_nll(self.decoder.body(z), self.decoder.head, x)
+            return self.likelihood.linear_nll(self.decoder.hidden(z), self.decoder.head, x)
         return self.likelihood.nll(self.decode(z), x)
 
     def decoder_loss(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over the batch of -log p(x|z), made for training, and its terms `[B]`, which carry no gradient."""
         if isinstance(self.decoder, MLPDecoder) and self.decoder.has_plain_head():
-            return self.likelihood.linear_loss(self.decoder.body(z), self.decoder.head, x)
+            return self.likelihood.linear_loss(self.decoder.hidden(z), self.decoder.head, x)
         return self.likelihood.loss(self.decode(z), x)
 
     def _layers(self) -> tuple[Layers, Layers, str] | None:

@@ -15,11 +15,19 @@ from itertools import chain, pairwise
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from fastvae import functional as F
 from fastvae.errors import FastvaeError
 
 __all__ = ["ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder", "is_plain"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear`, by the fastest products there are (`fastvae.functional.linear`)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias)
 
 
 class _MLP(nn.Module):
@@ -30,13 +38,23 @@ class _MLP(nn.Module):
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
         self.activation = activation
-        hidden = [(nn.Linear(i, o), ACTIVATIONS[activation]()) for i, o in pairwise(widths)]
+        hidden = [(Linear(i, o), ACTIVATIONS[activation]()) for i, o in pairwise(widths)]
         self.body = nn.Sequential(*chain.from_iterable(hidden))
-        self.head = nn.Linear(widths[-1], outputs)
+        self.head = Linear(widths[-1], outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.body(x))
+        out: Tensor = self.head(self.hidden(x))
         return out
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """`body(x)`, a layer and its activation at a time."""
+        layers = self.layers()
+        if layers is None:
+            out: Tensor = self.body(x)
+            return out
+        for weight, bias in layers[:-1]:
+            x = F.linear(x, weight, bias, self.activation)
+        return x
 
     def layers(self) -> list[tuple[Tensor, Tensor]] | None:
         """Weight and bias of every linear layer, in order; None if a call does anything but compute with these.
@@ -44,7 +62,7 @@ class _MLP(nn.Module):
         It does in a subclass, and where a part has been exchanged, added, hooked or parametrized.
         """
         parts = [*self.body, self.head]
-        kinds = (nn.Linear, ACTIVATIONS[self.activation])
+        kinds = (Linear, ACTIVATIONS[self.activation])
         if not (
             is_plain(self, MLPEncoder, MLPDecoder)
             and is_plain(self.body, nn.Sequential)
@@ -70,8 +88,8 @@ class MLPDecoder(_MLP):
         super().__init__([latent_dim, *hidden], outputs, activation)
 
     def has_plain_head(self) -> bool:
-        """Whether a call is `body`, whatever that is, then `weight` and `bias` of `head`, and nothing else."""
-        return is_plain(self, MLPDecoder) and is_plain(self.head, nn.Linear)
+        """Whether a call is `hidden`, whatever that is, then `weight` and `bias` of `head`, and nothing else."""
+        return is_plain(self, MLPDecoder) and is_plain(self.head, Linear, nn.Linear)
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -105,7 +123,7 @@ class ConvEncoder(nn.Module):
             layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), ACTIVATIONS[activation]()]
             h, w = _halved(h), _halved(w)
         self.body = nn.Sequential(*layers, nn.Flatten())
-        self.head = nn.Linear([c, *channels][-1] * h * w, 2 * latent_dim)
+        self.head = Linear([c, *channels][-1] * h * w, 2 * latent_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.body(x.reshape(-1, *self.image_shape)))
@@ -130,7 +148,7 @@ class ConvDecoder(nn.Module):
             sizes.append((_halved(sizes[-1][0]), _halved(sizes[-1][1])))
         wide = [*reversed(channels)]
         self.body = nn.Sequential(
-            nn.Linear(latent_dim, (wide[0] if wide else c) * math.prod(sizes[-1])), ACTIVATIONS[activation]()
+            Linear(latent_dim, (wide[0] if wide else c) * math.prod(sizes[-1])), ACTIVATIONS[activation]()
         )
         self.small_shape = ((wide[0] if wide else c), *sizes[-1])
         layers: list[nn.Module] = []

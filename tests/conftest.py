@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -40,3 +41,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "cuda" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def always_share(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The Numba kernels use all threads, whatever the work and whether or not it pays."""
+    from fastvae_cpu_kernels import _threads
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(_threads, "_WORTH_SHARING_NS", -1)
+    monkeypatch.setattr(_threads._Patience, "share", lambda self: True)
+    yield
+    torch.set_num_threads(before)

@@ -20,11 +20,13 @@ __all__ = [
     "TWO",
     "ZERO",
     "exp",
+    "exp_and_square",
     "expm1",
     "expm1_minus",
     "log1p",
     "log_unit",
     "normal_pair",
+    "tanh",
 ]
 
 ZERO, HALF, ONE, TWO = (np.float32(value) for value in (0.0, 0.5, 1.0, 2.0))
@@ -46,6 +48,8 @@ LN2_HIGH, LN2_LOW = np.float32(0.693145751953125), np.float32(1.4286068203094172
 # adding 1.5 * 2^23 leaves an integer in the low bits of the sum; unlike a conversion it is defined for NaN
 ROUND_TO_BITS = np.float32(12582912.0)
 EXP_MIN, EXP_MAX = np.float32(-87.33), np.float32(89.0)
+# beyond, tanh is 1
+TANH_MAX = np.float32(10.0)
 SQRT_HALF_BITS, SIGNIFICAND_BITS = np.int32(0x3F3504F3), np.int32(0x007FFFFF)
 TWO_TO_MINUS_32, TWO_TO_MINUS_33 = np.float32(2.0**-32), np.float32(2.0**-33)
 # a word of which two bits, the quadrant, were shifted out
@@ -96,6 +100,26 @@ def expm1_minus(x: Any) -> Any:
     half = _half_power(n)
     x = EXP_MAX if x > EXP_MAX else x
     return TWO * (half * _beyond_linear(r) + ((half - HALF) + (half * r - HALF * x)))
+
+
+@term
+def exp_and_square(x: Any) -> Any:
+    """(exp(x), expm1(2 x), expm1(2 x) - 2 x) for the price of one exponential: with h = expm1(x), h^2 + 2 h is the second."""
+    n, r = _reduced(x)
+    half, beyond_linear = _half_power(n), _beyond_linear(r)
+    x = EXP_MAX if x > EXP_MAX else x
+    h = TWO * (half * (r + beyond_linear) + (half - HALF))
+    h_minus = TWO * (half * beyond_linear + ((half - HALF) + (half * r - HALF * x)))
+    return (TWO + TWO * (r + beyond_linear)) * half, h * (h + TWO), h * h + TWO * h_minus
+
+
+@term
+def tanh(x: Any) -> Any:
+    """tanh(x)."""
+    a = abs(x)
+    twice = expm1(TWO * (TANH_MAX if a > TANH_MAX else a))
+    y = twice / (twice + TWO)
+    return y if x >= ZERO else -y
 
 
 @term

@@ -1,4 +1,4 @@
-"""Where a row is, and what happens to a finished piece of it in scratch: it is stored, or added to column sums."""
+"""Where a row is, and what happens to a finished piece of it in scratch: it is stored, or added to something."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from ._jit import loop, term
 from ._layout import Rows
 
-__all__ = ["add_piece", "row_address", "store_piece"]
+__all__ = ["add_piece", "increase_piece", "row_address", "store_piece"]
 
 
 @term
@@ -22,6 +22,12 @@ def row_address(rows: Rows, k: int, b: int) -> int:
 def store_piece(piece: Any, out: Any, count: int) -> None:
     for d in range(count):
         out[d] = piece[d]
+
+
+@loop
+def increase_piece(piece: Any, out: Any, count: int) -> None:
+    for d in range(count):
+        out[d] += piece[d]
 
 
 @loop

@@ -33,11 +33,10 @@ __all__ = ["run", "team", "worth_sharing"]
 # sharing takes 10 to 15 microseconds: less work than this is done sooner alone
 _WORTH_SHARING_NS = 40_000
 _CHUNKS_PER_THREAD = 4
-# a shared call pays if it takes at most this part of the time of the caller alone; the least that losses come to, as a
-# part of the calls in between
-_PAYS, _LOSS, _LONGEST_PAUSE = 0.9, 0.05, 512
-# of the losses, what a call that pays leaves
-_FORGETS = 0.9
+# a shared call pays if it takes at most this part of the time of the caller alone
+_PAYS, _LONGEST_PAUSE = 0.9, 512
+# after so many losses a pause is as long as it gets, 16 times what was lost; of them, what a call that pays leaves
+_MOST_LOSSES, _FORGETS = 4.0, 0.9
 
 
 @functools.cache
@@ -80,9 +79,10 @@ class _Patience:
         if lost <= 0.0:
             self.losses *= _FORGETS
             return
-        self.losses += 1.0
-        calls = min(2.0**self.losses, 1.0 / _LOSS) * lost / max(alone, 1e-9)
-        self.skip = max(1, round(min(_LONGEST_PAUSE, calls)))
+        self.losses = min(self.losses + 1.0, _MOST_LOSSES)
+        calls = 2.0**self.losses * lost / max(alone, 1e-9)
+        # a long call that lost a little is not worth even one without the others
+        self.skip = round(min(_LONGEST_PAUSE, calls))
 
 
 # by kernel: how much work one has differs less from call to call

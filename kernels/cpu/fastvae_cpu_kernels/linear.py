@@ -19,14 +19,13 @@ from ._layout import PIECE, plan
 from ._math import ONE, ZERO
 from ._pieces import add_piece, store_piece
 from ._pointers import f32_at, f32_scratch, f64_at
-from ._products import layer_bwd, layer_fwd, parts_of
+from ._products import NONE, RELU, TANH, layer_bwd, layer_fwd, split
 from ._reduce import PartialSums
 from ._threads import run
 
 __all__ = ["activation_bwd_", "hidden_bwd", "linear_bwd", "linear_fwd"]
 
 _NS_PER_ELEMENT = 0.3
-NONE, RELU, TANH = range(3)
 _ACTIVATIONS = {"none": NONE, "relu": RELU, "tanh": TANH}
 # below this many weights oneDNN's overhead of 20 microseconds shows
 _LARGE = 65536
@@ -120,9 +119,9 @@ def _onednn(x: Tensor, weight: Tensor) -> bool:
 def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
     """activation(x W^T + b) `[B, O]`, for x `[B, I]`, weight `[O, I]`, bias `[O]`."""
     y: Tensor
-    if parts := parts_of(x, weight):
-        y = layer_fwd(x, weight, bias, activation == "relu", parts)
-    elif _onednn(x, weight):
+    if how := split(x, weight):
+        return layer_fwd(x, weight, bias, _ACTIVATIONS[activation], how)
+    if _onednn(x, weight):
         fused = "none" if activation == "tanh" else activation
         y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, fused, [], "")
     else:
@@ -131,11 +130,12 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tens
     return y.tanh_() if activation == "tanh" else y
 
 
-def _linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, needs_dx: bool, dweight: Tensor) -> Tensor | None:
+def _linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, needs_dx: bool, dweight: Tensor | None) -> Tensor | None:
     """As `linear_bwd`, but the gradient of x may come in parts to be added, `[parts, B, I]`."""
-    if parts := parts_of(x, weight):
-        return layer_bwd(dy, x, weight, needs_dx, dweight, parts)
-    torch.mm(dy.t(), x, out=dweight)
+    if how := split(x, weight):
+        return layer_bwd(dy, x, weight, needs_dx, dweight, how)
+    if dweight is not None:
+        torch.mm(dy.t(), x, out=dweight)
     if not needs_dx:
         return None
     if _onednn(x, weight):
@@ -144,8 +144,8 @@ def _linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, needs_dx: bool, dweight: 
     return dy @ weight
 
 
-def linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, needs_dx: bool, dweight: Tensor) -> Tensor | None:
-    """The gradient `[B, I]` of x, if it is needed; that of the weight goes to `dweight` `[O, I]`."""
+def linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, needs_dx: bool, dweight: Tensor | None) -> Tensor | None:
+    """The gradient `[B, I]` of x, if it is needed; that of the weight goes to `dweight` `[O, I]`, if there is one."""
     dx = _linear_bwd(dy, x, weight, needs_dx, dweight)
     if dx is None or dx.ndim == 2:
         return dx

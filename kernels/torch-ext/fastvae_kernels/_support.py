@@ -13,6 +13,8 @@ _DEVICES = ("cuda", "xpu", "cpu")
 
 def supports(op: str, *tensors: Tensor) -> str | None:
     """None if `op` can run these tensors, else the reason, as a clause."""
+    if op == "linear":
+        return "no Triton kernel replaces the vendor's matrix products"
     for t in tensors:
         if t.device.type not in _DEVICES:
             return f"the Triton kernel of {op} does not run on {t.device.type} tensors"
