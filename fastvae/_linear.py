@@ -3,7 +3,7 @@
     y = activation(x W^T + b);   for the gradient da before the activation:   dx = da W,   dW = da^T x,   db = sum of da
 
 On a GPU the vendor's products are the best there are. On a CPU ours keep both matrices where they are and use registers
-that some BLAS leave idle (see `fastvae_cpu_kernels._gemm`).
+that some BLAS leave idle, see their `_gemm.py`.
 """
 
 from __future__ import annotations

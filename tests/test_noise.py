@@ -76,10 +76,13 @@ def triton_words(counter: Words, key: Words) -> Words:
 def numba_words(counter: Words, key: Words) -> Words:
     load_backend("numba")
     import numba
-    from fastvae_cpu_kernels._philox import _philox
+    from fastvae_cpu_kernels._philox import MAX_COUNTERS, to_words
 
-    compiled = numba.njit(lambda c, k: _philox(c[0], c[1], c[2], c[3], k[0], k[1]))
-    return tuple(int(w) for w in compiled(np.array(counter, np.uint64), np.array(key, np.uint64)))
+    words = np.zeros((4, MAX_COUNTERS), np.uint32)
+    words[:, 0] = counter
+    seed = np.array(key, np.uint32).view(np.int64)[0]
+    numba.njit(lambda words, seed: to_words(words, 1, seed))(words.reshape(-1), seed)
+    return tuple(words[:, 0].tolist())
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS, ids=["zeros", "ones", "pi"])

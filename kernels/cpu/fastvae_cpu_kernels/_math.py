@@ -104,7 +104,7 @@ def expm1_minus(x: Any) -> Any:
 
 @term
 def exp_and_square(x: Any) -> Any:
-    """(exp(x), expm1(2 x), expm1(2 x) - 2 x) for the price of one exponential: with h = expm1(x), h^2 + 2 h is the second."""
+    """(exp(x), expm1(2 x), expm1(2 x) - 2 x) of one exponential: expm1(2 x) = h^2 + 2 h, with h = expm1(x)."""
     n, r = _reduced(x)
     half, beyond_linear = _half_power(n), _beyond_linear(r)
     x = EXP_MAX if x > EXP_MAX else x

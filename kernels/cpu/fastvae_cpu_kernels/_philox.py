@@ -28,13 +28,10 @@ TWO_TO_MINUS_24 = np.float32(2.0**-24)
 
 
 @term
-def _philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
-    """Ten rounds; words are uint64 below 2^32, as the 64-bit product of two of them is one vector instruction."""
-    for _ in range(10):
-        p0, p1 = c0 * M0, c2 * M1
-        c0, c1, c2, c3 = (p1 >> HIGH) ^ c1 ^ k0, p1 & LOW, (p0 >> HIGH) ^ c3 ^ k1, p0 & LOW
-        k0, k1 = (k0 + W0) & LOW, (k1 + W1) & LOW
-    return c0, c1, c2, c3
+def _round(c: Any, k0: Any, k1: Any) -> Any:
+    """Of words that are the lower halves of uint64, as the product of two of these is one vector instruction."""
+    p0, p1 = (c[0] & LOW) * M0, (c[2] & LOW) * M1
+    return (p1 >> HIGH) ^ c[1] ^ k0, p1, (p0 >> HIGH) ^ c[3] ^ k1, p0
 
 
 @loop
@@ -49,23 +46,37 @@ def fill_counters(counters: Any, at: int, quads: int, first_quad: int, example: 
         counters[3 * MAX_COUNTERS + at + q] = last
 
 
+@term
+def _load(counters: Any, t: int) -> Any:
+    return (
+        np.uint64(counters[t]),
+        np.uint64(counters[MAX_COUNTERS + t]),
+        np.uint64(counters[2 * MAX_COUNTERS + t]),
+        np.uint64(counters[3 * MAX_COUNTERS + t]),
+    )
+
+
+@term
+def _store(c: Any, counters: Any, t: int) -> None:
+    counters[t] = np.uint32(c[0])
+    counters[MAX_COUNTERS + t] = np.uint32(c[1])
+    counters[2 * MAX_COUNTERS + t] = np.uint32(c[2])
+    counters[3 * MAX_COUNTERS + t] = np.uint32(c[3])
+
+
 @loop
 def to_words(counters: Any, count: int, seed: int) -> None:
-    """Turns `count` counters into words, in place."""
-    k0, k1 = np.uint64(seed) & LOW, np.uint64(seed) >> HIGH
-    for t in range(count):
-        w = _philox(
-            np.uint64(counters[t]),
-            np.uint64(counters[MAX_COUNTERS + t]),
-            np.uint64(counters[2 * MAX_COUNTERS + t]),
-            np.uint64(counters[3 * MAX_COUNTERS + t]),
-            k0,
-            k1,
-        )
-        counters[t] = np.uint32(w[0])
-        counters[MAX_COUNTERS + t] = np.uint32(w[1])
-        counters[2 * MAX_COUNTERS + t] = np.uint32(w[2])
-        counters[3 * MAX_COUNTERS + t] = np.uint32(w[3])
+    """Turns `count` counters into words, in place; and one more, if they are odd."""
+    # two at a time: each of the ten rounds waits for the one before
+    half = (count + 1) // 2
+    for t in range(half):
+        k0, k1 = np.uint64(seed) & LOW, np.uint64(seed) >> HIGH
+        c, other = _load(counters, t), _load(counters, half + t)
+        for _ in range(10):
+            c, other = _round(c, k0, k1), _round(other, k0, k1)
+            k0, k1 = (k0 + W0) & LOW, (k1 + W1) & LOW
+        _store(c, counters, t)
+        _store(other, counters, half + t)
 
 
 @loop

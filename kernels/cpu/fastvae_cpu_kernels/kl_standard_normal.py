@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ._jit import kernel, loop, term
+from ._jit import kernel, loop
 from ._layout import PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
 from ._math import HALF, ZERO, expm1, expm1_minus
 from ._pieces import row_address, store_piece
@@ -20,22 +20,16 @@ from ._pointers import f32_at, f32_scratch
 from ._reduce import row_sums, row_totals
 from ._threads import run
 
-__all__ = ["kl_standard_normal_bwd", "kl_standard_normal_fwd", "kl_term"]
+__all__ = ["kl_standard_normal_bwd", "kl_standard_normal_fwd"]
 
 _NS_PER_ELEMENT = 0.6
-
-
-@term
-def kl_term(mu: Any, logvar: Any) -> Any:
-    """The KL of one latent."""
-    return HALF * (mu * mu + expm1_minus(logvar))
 
 
 @loop
 def _kl_piece(mu: Any, logvar: Any, count: int) -> Any:
     total = ZERO
     for d in range(count):
-        total += kl_term(mu[d], logvar[d])
+        total += HALF * (mu[d] * mu[d] + expm1_minus(logvar[d]))
     return total
 
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ._jit import kernel, loop
 from ._layout import PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
-from ._math import HALF, ZERO, exp, expm1
+from ._math import HALF, ZERO, exp_and_square
 from ._philox import draw_rows, slots_per_draw
 from ._pieces import add_piece, row_address, store_piece
 from ._pointers import f32_at, f32_scratch, f64_at, i64_at, shifted
 from ._reduce import PartialSums, row_sums, row_totals
 from ._samples import samples_backward
 from ._threads import run
-from .kl_standard_normal import kl_standard_normal_bwd, kl_term
+from .kl_standard_normal import kl_standard_normal_bwd
 
 __all__ = ["reparameterize_kl_bwd", "reparameterize_kl_fwd"]
 
@@ -32,8 +32,9 @@ _NS_PER_ELEMENT = 2.5
 def _fwd_piece(mu: Any, logvar: Any, eps: Any, z: Any, kl: Any, count: int) -> Any:
     total = ZERO
     for d in range(count):
-        z[d] = mu[d] + exp(HALF * logvar[d]) * eps[d]
-        kl[d] = kl_term(mu[d], logvar[d])
+        sigma, _, growth_minus = exp_and_square(HALF * logvar[d])
+        z[d] = mu[d] + sigma * eps[d]
+        kl[d] = HALF * (mu[d] * mu[d] + growth_minus)
         total += kl[d]
     return total
 
@@ -41,8 +42,9 @@ def _fwd_piece(mu: Any, logvar: Any, eps: Any, z: Any, kl: Any, count: int) -> A
 @loop
 def _bwd_piece(dz: Any, dkl: Any, mu: Any, logvar: Any, eps: Any, dmu: Any, dlogvar: Any, count: int) -> None:
     for d in range(count):
+        sigma, growth, _ = exp_and_square(HALF * logvar[d])
         dmu[d] = dz[d] + dkl * mu[d]
-        dlogvar[d] = dz[d] * (HALF * exp(HALF * logvar[d]) * eps[d]) + dkl * (HALF * expm1(logvar[d]))
+        dlogvar[d] = dz[d] * (HALF * sigma * eps[d]) + dkl * (HALF * growth)
 
 
 @kernel
