@@ -28,7 +28,7 @@ from bench.records import Record
 from bench.rivals import OURS
 from bench.tables import kernel_tables
 from fastvae.functional import choose_backend
-from fastvae.malloc import keep_freed_memory
+from fastvae.process import keep_freed_memory
 
 Mode = Literal["forward", "backward", "both"]
 

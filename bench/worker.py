@@ -20,7 +20,7 @@ from bench.records import ROOT
 __all__ = ["Worker", "WorkerError", "busy_core"]
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-# what `fastvae.malloc` does to our own programs, for everybody alike
+# what `fastvae.process` does to our own programs, for everybody alike
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 

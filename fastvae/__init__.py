@@ -8,24 +8,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastvae import functional, reference
-from fastvae.errors import FastvaeError
-from fastvae.models import VAE
-
 if TYPE_CHECKING:
+    from fastvae import functional, reference
     from fastvae.config import TrainConfig
-    from fastvae.train import resume, train
+    from fastvae.errors import FastvaeError
+    from fastvae.models import VAE
 
-__all__ = ["VAE", "FastvaeError", "TrainConfig", "functional", "reference", "resume", "train"]
+__all__ = ["VAE", "FastvaeError", "TrainConfig", "functional", "reference"]
 __version__ = "0.1.0"
 
-# what training needs (data, figures, the command line) is imported when it is asked for
-_LAZY = {"TrainConfig": "fastvae.config", "train": "fastvae.train", "resume": "fastvae.train"}
+# imported when they are asked for: a program has things to say before torch is
+_MODULES = {
+    "VAE": "models",
+    "FastvaeError": "errors",
+    "TrainConfig": "config",
+    "functional": "functional",
+    "reference": "reference",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in _MODULES:
         raise AttributeError(f"module 'fastvae' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    module = importlib.import_module(f"fastvae.{_MODULES[name]}")
+    return getattr(module, name, module)

@@ -155,9 +155,7 @@ def doctor() -> None:
 def main() -> None:
     """Entry point: a mistake of the user ends with one line and exit code 2. Of many ranks the first one speaks."""
     from fastvae import __version__
-    from fastvae.malloc import keep_freed_memory
 
-    keep_freed_memory()
     speaks = os.environ.get("RANK", "0") == "0"
 
     arguments = sys.argv[1:]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.records import versions
-from bench.rivals import Work
+from bench.rivals import OURS, Work
 
 
 def _reset_peak_memory() -> None:
@@ -46,6 +46,11 @@ class Turns:
         if work.threads == 1 and work.device == "cpu" and hasattr(os, "sched_setaffinity"):
             # whatever a library's own idea of its threads, one core is what it gets
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        if name == OURS:
+            from fastvae.process import prepare_process
+
+            # as the program does, before torch is there
+            prepare_process()
         module = importlib.import_module(f"bench.rivals.{name}")
         self.versions = versions(module.REQUIRES)
         self.make_provider = lambda: module.Provider(work)

@@ -17,7 +17,6 @@ from fastvae import functional as F
 from fastvae.capture import captured
 from fastvae.config import TrainConfig
 from fastvae.evaluate import evaluate
-from fastvae.malloc import keep_freed_memory
 from fastvae.step import TrainingStep, make_optimizer
 from fastvae.train import build_model
 
@@ -39,7 +38,6 @@ INNER = {
 
 class Provider:
     def __init__(self, work: Work) -> None:
-        keep_freed_memory()
         torch.set_num_threads(work.threads)
         torch.manual_seed(0)
         self.train, self.test = (torch.from_numpy(work.load(split)).to(work.device) for split in ("train", "test"))

@@ -35,8 +35,8 @@ _WORTH_SHARING_NS = 40_000
 _CHUNKS_PER_THREAD = 4
 # a shared call pays if it takes at most this part of the time of the caller alone
 _PAYS, _LONGEST_PAUSE = 0.9, 512
-# after so many losses a pause is as long as it gets, 16 times what was lost; of them, what a call that pays leaves
-_MOST_LOSSES, _FORGETS = 4.0, 0.9
+# after so many losses a pause is as long as it gets, 64 times what was lost; of them, what a call that pays leaves
+_MOST_LOSSES, _FORGETS = 6.0, 0.9
 
 
 @functools.cache
@@ -85,8 +85,9 @@ class _Patience:
         self.skip = round(min(_LONGEST_PAUSE, calls))
 
 
-# by kernel: how much work one has differs less from call to call
-_patience: defaultdict[Callable[..., None], _Patience] = defaultdict(_Patience)
+# by kernel and the power of two of its work: a slice of time that another process gets is long for little work, and
+# short for much
+_patience: defaultdict[tuple[Callable[..., None], int], _Patience] = defaultdict(_Patience)
 
 
 def team() -> int:
@@ -108,7 +109,8 @@ def _run(kernel: Callable[..., None], plan: Plan, nanoseconds: float, args: tupl
     threads = 1
     if worth_sharing(nanoseconds):
         threads = min(team(), plan.tiles)
-    share = threads > 1 and _patience[kernel].share()
+    patience = _patience[kernel, int(nanoseconds).bit_length()]
+    share = threads > 1 and patience.share()
     parallel, region = (_openmp(), region_of(kernel)) if share else (None, None)
     if parallel is None or region is None:
         kernel(0, plan.tiles, *args)
@@ -116,4 +118,4 @@ def _run(kernel: Callable[..., None], plan: Plan, nanoseconds: float, args: tupl
     start = time.perf_counter()
     job = Job(region, plan.tiles, threads, -(-plan.tiles // (threads * _CHUNKS_PER_THREAD)), args)
     parallel(region.address, job.memory, threads, 0)
-    _patience[kernel].learn(time.perf_counter() - start, job.seconds())
+    patience.learn(time.perf_counter() - start, job.seconds())
