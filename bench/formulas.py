@@ -74,6 +74,10 @@ def _gaussian_nll(mu: Tensor, logvar: Tensor, x: Tensor) -> Results:
     return (0.5 * (LOG_2PI + logvar + (_unit(x, mu) - mu).square() * torch.exp(-logvar)).sum(-1),)
 
 
+def _relu_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Results:
+    return (F.linear(x, weight, bias).relu(),)
+
+
 def _linear_bernoulli_nll(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Results:
     return _bernoulli_nll(F.linear(h, weight, bias), x)
 
@@ -101,6 +105,7 @@ EAGER: dict[str, Function] = {
     "bernoulli_nll_loss": _mean(_bernoulli_nll),
     "gaussian_nll": _gaussian_nll,
     "gaussian_nll_loss": _mean(_gaussian_nll),
+    "linear": _relu_layer,
     "linear_bernoulli_nll": _linear_bernoulli_nll,
     "linear_gaussian_nll": _linear_gaussian_nll,
     "linear_bernoulli_nll_loss": _after_linear(_bernoulli_nll),

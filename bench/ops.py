@@ -108,6 +108,12 @@ def _layer(case: Case, device: str) -> list[Tensor]:
     return [*leaves, _data(case, device, batch, outputs)]
 
 
+def _hidden_layer(case: Case, device: str) -> list[Tensor]:
+    """Shape B x I x O: x `[B, I]`, weight `[O, I]`, bias `[O]`."""
+    batch, inputs, outputs = case.dims
+    return _leaves(case, device, (batch, inputs), (outputs, inputs), (outputs,), scale=inputs**-0.25)
+
+
 def _samples_layer(case: Case, device: str) -> list[Tensor]:
     """Shape K x B x H x D: h `[K, B, H]`, weight and bias of D outputs (2 D for a Gaussian), data `[B, D]`."""
     *rows, width, elements = case.dims
@@ -175,7 +181,7 @@ def _linear_bytes(case: Case, t: Sequence[Tensor]) -> dict[str, int | None]:
     return {"both": None}
 
 
-def _linear_nll_bytes(case: Case, t: Sequence[Tensor]) -> dict[str, int | None]:
+def _products_bytes(case: Case, t: Sequence[Tensor]) -> dict[str, int | None]:
     return {"forward": None, "backward": None, "both": None}
 
 
@@ -232,6 +238,14 @@ def _loss(function: Callable[..., tuple[Tensor, Tensor]]) -> Function:
 
 def _mean(function: Callable[..., Tensor]) -> Function:
     return lambda *args: (function(*args).mean(),)
+
+
+def _relu_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Results:
+    return (F.linear(x, weight, bias, "relu"),)
+
+
+def _reference_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Results:
+    return (torch.nn.functional.linear(x, weight, bias).relu(),)
 
 
 def _reference_linear(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Results:
@@ -293,9 +307,10 @@ OPS = {
     "bernoulli_nll_loss": Op(_logits, _loss(F.bernoulli_nll_loss), _mean(reference.bernoulli_nll), _one_pass_bytes),
     "gaussian_nll": Op(_normal, _one(F.gaussian_nll), _one(reference.gaussian_nll), _likelihood_bytes),
     "gaussian_nll_loss": Op(_normal, _loss(F.gaussian_nll_loss), _mean(reference.gaussian_nll), _one_pass_bytes),
+    "linear": Op(_hidden_layer, _relu_layer, _reference_layer, _products_bytes),
     "linear_bernoulli_nll_loss": Op(_layer, _loss(F.linear_bernoulli_nll_loss), _reference_linear, _linear_bytes),
-    "linear_bernoulli_nll": Op(_samples_layer, _one(F.linear_bernoulli_nll), _reference_linear_nll, _linear_nll_bytes),
-    "linear_gaussian_nll": Op(_samples_layer, _one(F.linear_gaussian_nll), _reference_linear_normal, _linear_nll_bytes),
+    "linear_bernoulli_nll": Op(_samples_layer, _one(F.linear_bernoulli_nll), _reference_linear_nll, _products_bytes),
+    "linear_gaussian_nll": Op(_samples_layer, _one(F.linear_gaussian_nll), _reference_linear_normal, _products_bytes),
     "gather_batch": Op(_data_set, _one(F.gather_batch), _one(reference.gather_batch), _gather_bytes),
     "gather_batch_binarize": Op(
         _data_set,
@@ -319,6 +334,8 @@ LATENT_SHAPES = {
     "reparameterize_kl": LATENTS,
     "reparameterize_log_ratio": ("50x100x50", "5x4096x64"),
 }
+# inputs x outputs of hidden layers
+LAYER_SHAPES = {"linear": ("128x784x400", "4096x784x400", "5000x200x200")}
 PIXEL_SHAPES = {
     "bernoulli_nll": PIXELS,
     "bernoulli_nll_loss": PIXELS,
@@ -335,7 +352,7 @@ def cases(device: str) -> Iterator[Case]:
     """All cases for a device, float32; on CUDA also in bfloat16, with 8-bit data where there is data."""
     dtypes = ("float32", "bfloat16") if device == "cuda" else ("float32",)
     for dtype in dtypes:
-        for op, shapes in LATENT_SHAPES.items():
+        for op, shapes in (LATENT_SHAPES | LAYER_SHAPES).items():
             yield from (Case(op, shape, dtype) for shape in shapes)
         for op, shapes in PIXEL_SHAPES.items():
             if dtype == "float32":

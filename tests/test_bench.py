@@ -30,6 +30,7 @@ SMALL = [
     Case("bernoulli_nll_loss", "16x40", data="uint8"),
     Case("gaussian_nll", "3x16x40", data="uint8"),
     Case("gaussian_nll_loss", "16x40", data="float32"),
+    Case("linear", "16x8x40"),
     Case("linear_bernoulli_nll_loss", "16x8x40", data="uint8"),
     Case("linear_bernoulli_nll", "3x16x8x40", data="uint8"),
     Case("linear_gaussian_nll", "3x16x8x40", data="float32"),

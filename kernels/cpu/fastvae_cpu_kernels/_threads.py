@@ -36,7 +36,7 @@ _CHUNKS_PER_THREAD = 4
 # a shared call pays if it takes at most this part of the time of the caller alone
 _PAYS, _LONGEST_PAUSE = 0.9, 512
 # after so many losses a pause is as long as it gets, 64 times what was lost; of them, what a call that pays leaves
-_MOST_LOSSES, _FORGETS = 6.0, 0.9
+_MOST_LOSSES, _FORGETS = 7.0, 0.9
 
 
 @functools.cache
@@ -80,7 +80,7 @@ class _Patience:
             self.losses *= _FORGETS
             return
         self.losses = min(self.losses + 1.0, _MOST_LOSSES)
-        calls = 2.0**self.losses * lost / max(alone, 1e-9)
+        calls = 2.0 ** (self.losses - 1.0) * lost / max(alone, 1e-9)
         # a long call that lost a little is not worth even one without the others
         self.skip = round(min(_LONGEST_PAUSE, calls))
 
