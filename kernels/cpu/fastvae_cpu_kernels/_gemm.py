@@ -20,11 +20,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ._jit import loop, routine
+from ._jit import loop, routine, term
 from ._pieces import increase_piece, store_piece
 from ._pointers import f32_at, f32_scratch, shifted
 
-__all__ = ["COLUMNS", "LANES", "ROWS", "available", "product", "transpose_block"]
+__all__ = ["COLUMNS", "LANES", "ROWS", "available", "product", "transpose_block", "width_of"]
 
 ROWS, LANES, COLUMNS = 8, 16, 48
 # terms of a sum at a time: so many rows of B that are a multiple of 4 KiB apart still fit the ways of a second cache
@@ -115,6 +115,16 @@ def _three_vectors(
 
 
 @intrinsic
+def _two_vectors(
+    typing_context: Any, a: Any, a_row: Any, a_k: Any, rows: Any, b: Any, b_k: Any, K: Any, out: Any
+) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> None:
+        _tile_code(builder, 2, args)
+
+    return types.void(*[types.int64] * 7, types.CPointer(types.float32)), codegen
+
+
+@intrinsic
 def _one_vector(
     typing_context: Any, a: Any, a_row: Any, a_k: Any, rows: Any, b: Any, b_k: Any, K: Any, out: Any, count: Any
 ) -> Any:
@@ -128,6 +138,7 @@ def _one_vector(
 
 
 three_vectors: Any = _three_vectors
+two_vectors: Any = _two_vectors
 one_vector: Any = _one_vector
 
 
@@ -139,9 +150,21 @@ def _tile(a: int, a_row: int, a_k: int, rows: int, b: int, b_k: int, count: int,
     """
     if count == COLUMNS:
         three_vectors(a, a_row, a_k, rows, b, b_k, K, out)
-    else:
-        for j in range(0, count, LANES):
-            one_vector(a, a_row, a_k, rows, b + 4 * j, b_k, K, shifted(out, j), min(LANES, count - j))
+        return
+    two = 0
+    if count >= 2 * LANES:
+        two = 2 * LANES
+        two_vectors(a, a_row, a_k, rows, b, b_k, K, out)
+    for j in range(two, count, LANES):
+        one_vector(a, a_row, a_k, rows, b + 4 * j, b_k, K, shifted(out, j), min(LANES, count - j))
+
+
+@term
+def width_of(columns: int) -> int:
+    """How wide the next tile of so many columns is; one vector by itself would wait for its loads, so 64 are 2 x 32."""
+    if 3 * LANES < columns <= 4 * LANES:
+        return 2 * LANES
+    return min(COLUMNS, columns)
 
 
 @routine
@@ -150,8 +173,9 @@ def product(a: int, a_row: int, a_k: int, b: int, b_k: int, c: int, c_row: int, 
     tile = f32_scratch(384)
     for k in range(0, max(K, 1), _TERMS):
         terms = min(_TERMS, K - k)
-        for j in range(0, N, COLUMNS):
-            count = min(COLUMNS, N - j)
+        j = 0
+        while j < N:
+            count = width_of(N - j)
             for i in range(0, M, ROWS):
                 rows = min(ROWS, M - i)
                 _tile(a + i * a_row + k * a_k, a_row, a_k, rows, b + k * b_k + 4 * j, b_k, count, terms, tile)
@@ -161,6 +185,7 @@ def product(a: int, a_row: int, a_k: int, b: int, b_k: int, c: int, c_row: int, 
                         store_piece(sums, to, count)
                     else:
                         increase_piece(sums, to, count)
+            j += count
 
 
 @intrinsic

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._gemm import COLUMNS, LANES, ROWS, available, product, transpose_block
+from ._gemm import COLUMNS, LANES, ROWS, available, product, transpose_block, width_of
 from ._jit import kernel, loop, term
 from ._layout import Plan
 from ._math import ZERO, tanh
@@ -113,8 +113,9 @@ def _fwd_kernel(
         block, part, panel = tile // parts, tile % parts, panels + tile * inputs * panel_row
         top, bottom = _share(block, blocks, B), _share(block + 1, blocks, B)
         begin, end = _share(part, parts, outputs), _share(part + 1, parts, outputs)
-        for o in range(begin, end, COLUMNS):
-            features = min(COLUMNS, end - o)
+        o = begin
+        while o < end:
+            features = width_of(end - o)
             for first in range(0, features, LANES):
                 for i in range(0, inputs, LANES):
                     source, to = weight + (o + first) * x_row + 4 * i, panel + i * panel_row + 4 * first
@@ -129,6 +130,7 @@ def _fwd_kernel(
                 else:
                     _finish_piece(at, f32_at(bias + 4 * o), activation == RELU, piece, features)
                 store_piece(piece, at, features)
+            o += features
 
 
 @kernel
