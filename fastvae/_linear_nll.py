@@ -4,11 +4,11 @@
 
     dh = w (G W)        dW = G^T (w h)        db = G^T w
 
-The output `[..., outputs]` is made in chunks of rows by the vendor's matrix product, in the precision that torch is set
-to, and each chunk becomes nll, or its own gradient in place, before the next is made. The upstream weights (importance
-weights need all samples' nll) are known only after the forward. Where one buffer of G fits `KEEP_BYTES` the forward
-makes and keeps it, and the backward folds w into the small matrices h and G W. Where it does not, the backward makes
-the chunks again.
+The output `[..., outputs]` is made in chunks of rows by the fastest matrix product (`_linear.py`), in the precision
+that torch is set to, and each chunk becomes nll, or its own gradient in place, before the next is made. The upstream
+weights (importance weights need all samples' nll) are known only after the forward. Where one buffer of G fits
+`KEEP_BYTES` the forward makes and keeps it, and the backward folds w into the small matrices h and G W. Where it does
+not, the backward makes the chunks again.
 
 On a GPU a Triton kernel can take the likelihood as the epilogue of the product, and no output reaches memory at all. It
 runs where that traffic counts, see `Bernoulli.in_one_kernel`.

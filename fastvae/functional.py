@@ -412,9 +412,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "no
     PyTorch's products wherever ours would not be quicker (few multiplications, fewer than 8 rows), cannot be used
     (other types and devices, no AVX-512, no bias, autocast, torch.compile, `torch.func`), or where a lower precision
     than "highest" is allowed.
+
+    Raises: ValueError for another activation; for shapes that do not fit, what PyTorch's function raises.
     """
+    if activation not in ("none", "relu", "tanh"):
+        raise ValueError(f"activation is {activation!r}, expected none, relu or tanh")
     kernels = None
-    if bias is not None and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type):
+    fits = bias is not None and bias.shape == weight.shape[:1]
+    if fits and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type):
         kernels = _kernels("linear", x, weight, bias)
     if bias is None or not hasattr(kernels, "linear_fwd"):
         return _linear.exact_linear(x, weight, bias, activation)

@@ -116,6 +116,15 @@ def test_autocast_and_lower_precision_are_left_to_pytorch() -> None:
         torch.set_float32_matmul_precision(before)
 
 
+def test_what_does_not_fit_is_refused() -> None:
+    x, weight, bias = layer(100)
+    for given in ((x, weight, bias[:-1]), (x[:, :-1], weight, bias), (x, weight[:-1], bias)):
+        with pytest.raises(RuntimeError, match=r"size|shape"):
+            F.linear(*given)
+    with pytest.raises(ValueError, match="activation is 'gelu', expected none, relu or tanh"):
+        F.linear(x, weight, bias, "gelu")
+
+
 def test_twice_differentiable() -> None:
     x, weight, bias = layer(100)
 

@@ -2,9 +2,9 @@
 
     d pre-activation = dy where y > 0 (relu),   dy (1 - y^2) (tanh);   db = its sums over the rows
 
-The products of a small step are those of `_products.py`. Large ones, and all on other processors, are PyTorch's:
-oneDNN's where there are many weights, which adds the bias and cuts at zero as it writes, and those of its BLAS where
-there are few, or the sum is over the rows.
+The products are those of `_products.py`. On processors without its registers, and for what it does not take, they are
+PyTorch's: oneDNN's where there are many weights, which adds the bias and cuts at zero as it writes, and those of its
+BLAS where there are few, or the sum is over the rows.
 """
 
 from __future__ import annotations
