@@ -104,24 +104,19 @@ def _tile_code(builder: Any, vectors: int, args: list[Any], count: Any = None) -
             builder.store(new[i * vectors + v], builder.bitcast(place, pointer), align=4 * LANES)
 
 
-@intrinsic
-def _three_vectors(
-    typing_context: Any, a: Any, a_row: Any, a_k: Any, rows: Any, b: Any, b_k: Any, K: Any, out: Any
-) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> None:
-        _tile_code(builder, 3, args)
+def _vectors(number: int) -> Any:
+    """The intrinsic of a tile that is so many whole vectors wide."""
 
-    return types.void(*[types.int64] * 7, types.CPointer(types.float32)), codegen
+    @intrinsic
+    def vectors(
+        typing_context: Any, a: Any, a_row: Any, a_k: Any, rows: Any, b: Any, b_k: Any, K: Any, out: Any
+    ) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> None:
+            _tile_code(builder, number, args)
 
+        return types.void(*[types.int64] * 7, types.CPointer(types.float32)), codegen
 
-@intrinsic
-def _two_vectors(
-    typing_context: Any, a: Any, a_row: Any, a_k: Any, rows: Any, b: Any, b_k: Any, K: Any, out: Any
-) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> None:
-        _tile_code(builder, 2, args)
-
-    return types.void(*[types.int64] * 7, types.CPointer(types.float32)), codegen
+    return vectors
 
 
 @intrinsic
@@ -137,8 +132,7 @@ def _one_vector(
     return types.void(*[types.int64] * 7, types.CPointer(types.float32), types.int64), codegen
 
 
-three_vectors: Any = _three_vectors
-two_vectors: Any = _two_vectors
+two_vectors, three_vectors = _vectors(2), _vectors(3)
 one_vector: Any = _one_vector
 
 
