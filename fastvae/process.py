@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 
-__all__ = ["keep_freed_memory", "prepare_process"]
+__all__ = ["keep_freed_memory", "prepare_process", "wait_a_moment_only"]
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 SPIN_COUNT = "10000"

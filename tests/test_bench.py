@@ -207,6 +207,35 @@ def test_a_rival_that_is_not_installed_is_skipped_by_name(tmp_path: Path) -> Non
     assert "no_such_rival" in str(ready)
 
 
+def test_the_rivals_own_environment_says_why(tmp_path: Path) -> None:
+    """Not ours, in which nobody expects them."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'no jax here either' >&2\nexit 1\n")
+    python.chmod(0o755)
+    arguments = bench_train.Arguments(providers=("no_such_rival",), rivals_python=python)
+    started, skipped = bench_train._start(arguments, Work((8,), 2, 4, "none", 1, "cpu", str(tmp_path)))
+    assert started == []
+    assert [record["reason"] for record in skipped] == ["no jax here either"]
+
+
+def test_a_worker_needs_nothing_of_fastvae() -> None:
+    """The rivals have an environment of their own."""
+    program = (
+        "import sys, bench.records, bench.rivals; print([name for name in sys.modules if name.startswith('fastvae')])"
+    )
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, cwd=records.ROOT, check=True, capture_output=True, text=True).stdout
+    assert found.strip() == "[]"
+
+
+def test_generations_of_a_processor_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: said)
+    assert records.cpu_name() == "AMD EPYC (family 26, model 2)"
+    monkeypatch.setattr(Path, "read_text", lambda self: "processor\t: 0\nBogoMIPS\t: 50\n")
+    assert records.cpu_name() == records.platform.machine()
+
+
 class _Stub:
     """A worker that answers some times and then is gone."""
 

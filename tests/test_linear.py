@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastvae import VAE
 from fastvae import functional as F
+from fastvae.hmc import Posterior
 from fastvae.networks import MLPDecoder
 from tests.op_checks import assert_accurate
 
@@ -150,3 +152,19 @@ def test_hidden_layers_of_a_decoder_and_their_hooks() -> None:
         decoder.body[1].register_forward_hook(lambda module, args, out: seen.append(out))
         torch.testing.assert_close(decoder.hidden(z), expected)
         assert len(seen) == 1
+
+
+@ours
+def test_hamiltonian_monte_carlo_makes_no_gradient_of_the_weights() -> None:
+    torch.manual_seed(0)
+    vae, x = VAE.mlp(data_shape=(784,), latent_dim=5, hidden=(200,)), torch.rand(20, 784)
+    z = torch.randn(4, 20, 5)
+    found: list[tuple[Tensor, Tensor]] = []
+    backward = [args for name, args in launches(lambda: found.append(Posterior(vae, x)(z))) if name == "linear_bwd"]
+    assert backward
+    assert all(dweight is None for *_, dweight in backward)
+    # the model is as it was
+    assert all(p.requires_grad and p.grad is None for p in vae.parameters())
+    at = z.clone().requires_grad_()
+    (expected,) = torch.autograd.grad((vae.nll(at, x) + Posterior.prior(at)).sum(), at)
+    torch.testing.assert_close(found[0][1], expected, rtol=1e-4, atol=1e-4)

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 import warnings
+from collections import defaultdict
 
 import fastvae_cpu_kernels as kernels
 import numba
@@ -156,3 +157,14 @@ def test_sharing_pauses_for_longer_and_longer_until_what_it_lost_is_little() -> 
     assert not any(pauses(0.5) for _ in range(100))
     # what lost a tenth of a call loses less than a call alone would, until it has done so again and again
     assert [pauses(together) for together in (1.9, *[1.0] * 4, 1000.0)] == [1, 0, 0, 1, 2, 512]
+
+
+@pytest.mark.usefixtures("always_share")
+def test_a_large_layer_does_not_pause_for_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(2)
+    monkeypatch.setattr(_threads, "_patience", defaultdict(_threads._Patience))
+    small, large = torch.zeros(3000, 64), torch.zeros(30000, 64)
+    for _ in range(2):
+        kernels.kl_standard_normal_fwd(small, small)
+        kernels.kl_standard_normal_fwd(large, large)
+    assert len(_threads._patience) == 2

@@ -162,6 +162,16 @@ def test_one_gradient_without_the_other(B: int) -> None:
     assert torch.equal(again, dweight)
 
 
+def test_no_tile_is_one_vector_wide_if_it_need_not_be() -> None:
+    widths: list[list[int]] = []
+    for columns in (784, 400, 64, 49, 48, 40, 16, 5):
+        widths.append([])
+        while columns:
+            widths[-1].append(_gemm.width_of.py_func(columns))
+            columns -= widths[-1][-1]
+    assert widths == [[48] * 15 + [32, 32], [48] * 7 + [32, 32], [32, 32], [32, 17], [48], [40], [16], [5]]
+
+
 @needs_avx512
 def test_a_long_sum_loses_no_digits() -> None:
     """A million equal terms in one float32 accumulator would be 1 percent off."""
