@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -282,6 +283,9 @@ def test_every_kernel_compiles_everywhere_without_spill_or_stack(everywhere):
     assert not [where for *where, kernel in found if kernel["spills"] or kernel["stack"]]
 
 
+DRAWN = re.compile("binari[sz]e|dequantize|reparameterize")
+
+
 @pytest.mark.slow
 def test_accesses_are_as_wide_as_the_layout_allows(everywhere):
     narrow = []
@@ -296,8 +300,11 @@ def test_accesses_are_as_wide_as_the_layout_allows(everywhere):
             }
             for name, argument in large.items():
                 # bytes come with wider values, of which a thread takes 128 bits
-                least = 128 if argument["itemsize"] > 1 else 32
+                least = 8 * argument["aligned"] if argument["itemsize"] > 1 else 32
                 widths = argument["widths"] or kernel["loads"] + kernel["stores"]
+                # AMD's layouts stay with the four elements of a Philox call
+                if result["architecture"] == "gfx942" and DRAWN.search(result["case"]):
+                    least = min(least, 8 * 4 * argument["itemsize"])
                 if max(widths) < least:
                     narrow.append((*where, name, widths))
     assert not narrow

@@ -33,6 +33,7 @@ class Argument:
     requested: int
     passes: float
     itemsize: int
+    aligned: int  # bytes that divide the start and end of every row, 16 at most; 1 where the tensor starts off 16
     widths: list[int]  # none for AMD GPUs: their code does not tell whose access it is
 
 
@@ -153,6 +154,14 @@ class Traffics(dict[object, Traffic]):
         return self[key]
 
 
+def _alignment(tensor: Tensor) -> int:
+    """What Triton can know: of a pointer, whether 16 divides it; of the strides, what the launchers make plain."""
+    if tensor.data_ptr() % 16:
+        return 1
+    rows = [stride for stride in tensor.stride() if stride > 1]
+    return math.gcd(16, *(n * tensor.element_size() for n in (*rows, *tensor.shape[-1:])))
+
+
 def _kernel(launch: Launch, traffics: Traffics) -> Kernel:
     compiled, metadata = launch.compiled, launch.compiled.metadata
     names = [name for name, kind in compiled.src.signature.items() if kind != "constexpr"]
@@ -171,7 +180,9 @@ def _kernel(launch: Launch, traffics: Traffics) -> Kernel:
             sites = [site for site in traffic.sites if site.argument == name]
             moved, requested = sum(site.unique for site in sites), sum(site.requested for site in sites)
             passes = round(moved / unique_bytes(tensor), 3)
-            arguments[name] = Argument(moved, requested, passes, tensor.element_size(), widths.get(name, []))
+            arguments[name] = Argument(
+                moved, requested, passes, tensor.element_size(), _alignment(tensor), widths.get(name, [])
+            )
     accesses = {access for block in code.blocks for opcode in block.opcodes if (access := access_bits(opcode))}
     return Kernel(
         name=launch.kernel,

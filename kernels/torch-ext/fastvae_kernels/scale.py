@@ -21,18 +21,18 @@ _BLOCK = 2048
 _PROGRAMS = 1024  # they walk over the tensor, so that nothing but these programs is launched where the scale is 1
 
 
-@triton.jit(do_not_specialize=["stride"])
+@triton.jit(do_not_specialize=["programs"])
 def _scale_kernel(
     tensor_ptr,  # [num_elements]
     scale_ptr,  # [1]
     num_elements: tl.int64,
-    stride,  # elements from one turn of all programs to the next
+    programs,
     BLOCK: tl.constexpr,
 ):
     scale = tl.load(scale_ptr).to(tl.float32)
     if scale != 1.0:
-        for first in range(tl.program_id(0).to(tl.int64) * BLOCK, num_elements, stride):
-            offset = first + tl.arange(0, BLOCK)
+        for block in range(tl.program_id(0), tl.cdiv(num_elements, BLOCK), programs):
+            offset = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
             mask = offset < num_elements
             value = tl.load(tensor_ptr + offset, mask).to(tl.float32) * scale
             tl.store(tensor_ptr + offset, value.to(tensor_ptr.dtype.element_ty), mask)
@@ -45,5 +45,5 @@ def scale_(tensor: Tensor, scale: Tensor) -> Tensor:
     if tensor.numel():
         programs = min(_PROGRAMS, triton.cdiv(tensor.numel(), _BLOCK))
         with device_guard(tensor):
-            _scale_kernel[grid_1d(programs)](tensor, scale, tensor.numel(), programs * _BLOCK, BLOCK=_BLOCK)
+            _scale_kernel[grid_1d(programs)](tensor, scale, tensor.numel(), programs, BLOCK=_BLOCK)
     return tensor
