@@ -32,7 +32,7 @@ def _scale_kernel(
     scale = tl.load(scale_ptr).to(tl.float32)
     if scale != 1.0:
         for block in range(tl.program_id(0), tl.cdiv(num_elements, BLOCK), programs):
-            offset = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            offset = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
             mask = offset < num_elements
             value = tl.load(tensor_ptr + offset, mask).to(tl.float32) * scale
             tl.store(tensor_ptr + offset, value.to(tensor_ptr.dtype.element_ty), mask)
