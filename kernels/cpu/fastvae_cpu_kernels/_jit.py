@@ -12,10 +12,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+from numba.core.compiler import Compiler
 
-__all__ = ["kernel", "loop", "term"]
+__all__ = ["kernel", "loop", "routine", "term"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _NoAlias(Compiler):
+    """Tells LLVM that memory which a function writes is reached through one of its pointers only."""
+
+    def __init__(self, typing: Any, target: Any, library: Any, args: Any, returns: Any, flags: Any, types: Any) -> None:
+        flags.noalias = True
+        super().__init__(typing, target, library, args, returns, flags, types)
+
 
 # no nnan, no ninf: NaN and infinity propagate as in the reference. No arcp: x / 255 is rounded as PyTorch rounds it
 _TERM: dict[str, Any] = {
@@ -26,7 +36,7 @@ _TERM: dict[str, Any] = {
     "no_cfunc_wrapper": True,
 }
 # a sum must be reordered before it can be vectorised; the order is fixed when the kernel is compiled
-_LOOP: dict[str, Any] = {**_TERM, "fastmath": {"contract", "nsz", "reassoc"}}
+_LOOP: dict[str, Any] = {**_TERM, "fastmath": {"contract", "nsz", "reassoc"}, "pipeline_class": _NoAlias}
 _KERNEL: dict[str, Any] = {
     "fastmath": {"contract", "nsz"},
     "error_model": "numpy",
@@ -52,7 +62,10 @@ def term(function: F) -> F:
 
 
 def loop(function: F) -> F:
-    """A loop over contiguous elements, inlined and vectorised; its sums are reordered."""
+    """A loop over contiguous elements, inlined and vectorised; its sums are reordered.
+
+    What it writes must not overlap with anything else that it is given: a kernel that works in place writes to scratch.
+    """
     inlined: F = numba.njit(**_LOOP)(function)
     return inlined
 

@@ -92,7 +92,7 @@ def _gaussian_kernel(
     width: int,
 ) -> None:
     x_piece, dmu_piece, dlogvar_piece = f32_scratch(512), f32_scratch(512), f32_scratch(512)
-    # gradients that overwrite nothing are written where they belong: a check of the addresses lets LLVM vectorise that
+    # gradients that overwrite nothing are written where they belong
     direct = dlogvar[0] != 0 and dmu[0] != mu[0] and dlogvar[0] != logvar[0]
     for tile in range(first_tile, last_tile):
         block, part = tile // across, tile % across

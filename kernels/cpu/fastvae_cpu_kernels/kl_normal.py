@@ -16,8 +16,8 @@ from torch import Tensor
 from ._jit import kernel, loop
 from ._layout import PIECE, Rows, destination, plan, rows_of, scalars_of, walkable
 from ._math import HALF, ZERO, exp, expm1, expm1_minus
-from ._pieces import row_address, store_piece
-from ._pointers import f32_at, f32_scratch
+from ._pieces import row_address
+from ._pointers import f32_at
 from ._reduce import row_sums, row_totals
 from ._threads import run
 
@@ -115,8 +115,6 @@ def _kl_bwd_kernel(
     height: int,
     width: int,
 ) -> None:
-    mu_q_piece, logvar_q_piece = f32_scratch(512), f32_scratch(512)
-    mu_p_piece, logvar_p_piece = f32_scratch(512), f32_scratch(512)
     for tile in range(first_tile, last_tile):
         block, part = tile // across, tile % across
         k, b = block * height // B, block * height % B
@@ -130,16 +128,12 @@ def _kl_bwd_kernel(
                     f32_at(row_address(logvar_q, k, b) + 4 * d),
                     f32_at(row_address(mu_p, k, b) + 4 * d),
                     f32_at(row_address(logvar_p, k, b) + 4 * d),
-                    mu_q_piece,
-                    logvar_q_piece,
-                    mu_p_piece,
-                    logvar_p_piece,
+                    f32_at(row_address(dmu_q, k, b) + 4 * d),
+                    f32_at(row_address(dlogvar_q, k, b) + 4 * d),
+                    f32_at(row_address(dmu_p, k, b) + 4 * d),
+                    f32_at(row_address(dlogvar_p, k, b) + 4 * d),
                     count,
                 )
-                store_piece(mu_q_piece, f32_at(row_address(dmu_q, k, b) + 4 * d), count)
-                store_piece(logvar_q_piece, f32_at(row_address(dlogvar_q, k, b) + 4 * d), count)
-                store_piece(mu_p_piece, f32_at(row_address(dmu_p, k, b) + 4 * d), count)
-                store_piece(logvar_p_piece, f32_at(row_address(dlogvar_p, k, b) + 4 * d), count)
             b += 1
             if b == B:
                 k, b = k + 1, 0

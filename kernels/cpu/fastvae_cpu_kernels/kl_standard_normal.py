@@ -15,8 +15,8 @@ from torch import Tensor
 from ._jit import kernel, loop
 from ._layout import PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
 from ._math import HALF, ZERO, expm1, expm1_minus
-from ._pieces import row_address, store_piece
-from ._pointers import f32_at, f32_scratch
+from ._pieces import row_address
+from ._pointers import f32_at
 from ._reduce import row_sums, row_totals
 from ._threads import run
 
@@ -86,7 +86,6 @@ def _kl_bwd_kernel(
     height: int,
     width: int,
 ) -> None:
-    dmu_piece, dlogvar_piece = f32_scratch(512), f32_scratch(512)
     for tile in range(first_tile, last_tile):
         block, part = tile // across, tile % across
         k, b = block * height // B, block * height % B
@@ -98,12 +97,10 @@ def _kl_bwd_kernel(
                     f32_at(row_address(dkl, k, b))[0],
                     f32_at(row_address(mu, k, b) + 4 * d),
                     f32_at(row_address(logvar, k, b) + 4 * d),
-                    dmu_piece,
-                    dlogvar_piece,
+                    f32_at(row_address(dmu, k, b) + 4 * d),
+                    f32_at(row_address(dlogvar, k, b) + 4 * d),
                     count,
                 )
-                store_piece(dmu_piece, f32_at(row_address(dmu, k, b) + 4 * d), count)
-                store_piece(dlogvar_piece, f32_at(row_address(dlogvar, k, b) + 4 * d), count)
             b += 1
             if b == B:
                 k, b = k + 1, 0

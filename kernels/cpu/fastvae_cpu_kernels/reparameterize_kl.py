@@ -121,7 +121,7 @@ def _bwd_kernel(
 ) -> None:
     eps, dmu_piece, dlogvar_piece = f32_scratch(512), f32_scratch(512), f32_scratch(512)
     rows = slots_per_draw(width)
-    # gradients that overwrite nothing are written where they belong, see `gaussian_nll`
+    # gradients that overwrite nothing are written where they belong
     direct = dmu[0] != dz[0] and dmu[0] != mu[0] and dlogvar[0] != dz[0] and dlogvar[0] != logvar[0]
     for tile in range(first_tile, last_tile):
         block, part = tile // across, tile % across
