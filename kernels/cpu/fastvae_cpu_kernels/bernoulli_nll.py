@@ -26,8 +26,12 @@ from ._threads import run
 __all__ = ["bernoulli_nll_bwd", "bernoulli_nll_fwd", "bernoulli_nll_with_grad"]
 
 _NS_PER_ELEMENT = 1.1
-# 64 factors share a logarithm: those of 4 pieces in each lane, then 512 lanes in 32
-FLUSH, LANES = 4, 32
+# Elements are taken in lines of 16; their sums and products are kept in as many lanes. Four lines, neighbours in
+# memory, make one store to the lanes: a store waits for those before it, which for a gradient may be long. Blocks of
+# four lines take turns in four chains of lanes, as each waits for its last sum. 64 factors share a logarithm: FLUSH
+# pieces hold as many.
+LINE, CHAINS, FLUSH = 16, 4, 2
+BLOCK = 4 * LINE
 
 
 @term
@@ -50,20 +54,61 @@ def _times(q: Any, e: Any) -> Any:
 
 
 @loop
-def _clear(q: Any, lanes: int) -> None:
-    for i in range(lanes):
-        q[i] = ZERO
+def _clear(lanes: Any) -> None:
+    for i in range(CHAINS * LINE):
+        lanes[i] = ZERO
 
 
 @loop
-def _nll_piece(logits: Any, x: Any, q: Any, first: bool, count: int) -> Any:
-    """The sum of the linear terms; the others are multiplied into `q`, or put there if they are the first."""
-    total = ZERO
-    for d in range(count):
-        e = exp(-abs(logits[d]))
-        total += _linear_term(logits[d], x[d])
-        q[d] = e if first else _times(q[d], e)
-    return total
+def _add_line(logits: Any, x: Any, linear: Any, q: Any, count: int) -> None:
+    """The linear terms are added to `linear`, the factors multiplied into `q`, each element into a lane of its own."""
+    for i in range(count):
+        linear[i] += _linear_term(logits[i], x[i])
+        q[i] = _times(q[i], exp(-abs(logits[i])))
+
+
+@loop
+def _add_block(logits: Any, x: Any, linear: Any, q: Any) -> None:
+    """`_add_line` of four lines."""
+    for i in range(LINE):
+        a, b, c = i + LINE, i + 2 * LINE, i + 3 * LINE
+        e0, e1, e2, e3 = exp(-abs(logits[i])), exp(-abs(logits[a])), exp(-abs(logits[b])), exp(-abs(logits[c]))
+        q[i] = _times(q[i], _times(_times(e0, e1), _times(e2, e3)))
+        front = _linear_term(logits[i], x[i]) + _linear_term(logits[a], x[a])
+        linear[i] += front + (_linear_term(logits[b], x[b]) + _linear_term(logits[c], x[c]))
+
+
+@loop
+def _add_line_with_grad(logits: Any, x: Any, weight: Any, linear: Any, q: Any, grad: Any, count: int) -> None:
+    for i in range(count):
+        e = exp(-abs(logits[i]))
+        linear[i] += _linear_term(logits[i], x[i])
+        q[i] = _times(q[i], e)
+        grad[i] = weight * _grad_term(logits[i], x[i], e)
+
+
+@loop
+def _add_block_with_grad(logits: Any, x: Any, weight: Any, linear: Any, q: Any, grad: Any) -> None:
+    for i in range(LINE):
+        a, b, c = i + LINE, i + 2 * LINE, i + 3 * LINE
+        e0, e1, e2, e3 = exp(-abs(logits[i])), exp(-abs(logits[a])), exp(-abs(logits[b])), exp(-abs(logits[c]))
+        q[i] = _times(q[i], _times(_times(e0, e1), _times(e2, e3)))
+        front = _linear_term(logits[i], x[i]) + _linear_term(logits[a], x[a])
+        linear[i] += front + (_linear_term(logits[b], x[b]) + _linear_term(logits[c], x[c]))
+        grad[i] = weight * _grad_term(logits[i], x[i], e0)
+        grad[a] = weight * _grad_term(logits[a], x[a], e1)
+        grad[b] = weight * _grad_term(logits[b], x[b], e2)
+        grad[c] = weight * _grad_term(logits[c], x[c], e3)
+
+
+@loop
+def _nll_piece(logits: Any, x: Any, linear: Any, q: Any, count: int) -> None:
+    whole = count // BLOCK * BLOCK
+    for d in range(0, whole, BLOCK):
+        chain = d // BLOCK % CHAINS * LINE
+        _add_block(shifted(logits, d), shifted(x, d), shifted(linear, chain), shifted(q, chain))
+    for d in range(whole, count, LINE):
+        _add_line(shifted(logits, d), shifted(x, d), linear, q, min(LINE, count - d))
 
 
 @loop
@@ -73,33 +118,28 @@ def _grad_piece(logits: Any, x: Any, weight: Any, grad: Any, count: int) -> None
 
 
 @loop
-def _nll_and_grad_piece(logits: Any, x: Any, weight: Any, q: Any, first: bool, grad: Any, count: int) -> Any:
+def _nll_and_grad_piece(logits: Any, x: Any, weight: Any, linear: Any, q: Any, grad: Any, count: int) -> None:
     """Both, with one exponential."""
-    total = ZERO
-    for d in range(count):
-        e = exp(-abs(logits[d]))
-        total += _linear_term(logits[d], x[d])
-        q[d] = e if first else _times(q[d], e)
-        grad[d] = weight * _grad_term(logits[d], x[d], e)
-    return total
+    whole = count // BLOCK * BLOCK
+    for d in range(0, whole, BLOCK):
+        chain = d // BLOCK % CHAINS * LINE
+        _add_block_with_grad(
+            shifted(logits, d), shifted(x, d), weight, shifted(linear, chain), shifted(q, chain), shifted(grad, d)
+        )
+    for d in range(whole, count, LINE):
+        _add_line_with_grad(
+            shifted(logits, d), shifted(x, d), weight, linear, q, shifted(grad, d), min(LINE, count - d)
+        )
 
 
 @loop
-def _fold(q: Any, half: int) -> None:
-    for i in range(half):
-        q[i] = _times(q[i], q[half + i])
-
-
-@loop
-def _log_of_product(q: Any, lanes: int) -> Any:
-    """The logarithm of the product of 1 + q[:lanes]."""
-    width = lanes
-    while width > LANES:
-        width //= 2
-        _fold(q, width)
+def _total(linear: Any, q: Any) -> Any:
+    """The sum of the linear terms, and the logarithm of the product of the factors 1 + q."""
     total = ZERO
-    for i in range(LANES):
-        total += log1p(q[i])
+    for i in range(LINE):
+        a, b, c = i + LINE, i + 2 * LINE, i + 3 * LINE
+        product = _times(_times(q[i], q[a]), _times(q[b], q[c]))
+        total += ((linear[i] + linear[a]) + (linear[b] + linear[c])) + log1p(product)
     return total
 
 
@@ -123,11 +163,9 @@ def _bernoulli_kernel(
     width: int,
     example_offset: int,
 ) -> None:
-    x_piece, q, grad_piece = f32_scratch(512), f32_scratch(512), f32_scratch(512)
-    lanes = LANES
-    while lanes < min(PIECE, width):
-        lanes *= 2
-    # a gradient that overwrites nothing is written where it belongs: a check of the addresses lets LLVM vectorise that
+    x_piece, grad_piece = f32_scratch(512), f32_scratch(512)
+    linear, q = f32_scratch(64), f32_scratch(64)
+    # a gradient that overwrites nothing is written where it belongs
     direct = grad[0] != logits[0]
     for tile in range(first_tile, last_tile):
         block, part = tile // across, tile % across
@@ -143,21 +181,21 @@ def _bernoulli_kernel(
             end = min(D, (part + 1) * width)
             for d in range(part * width, end, PIECE):
                 count = min(PIECE, end - d)
-                first = (d - part * width) // PIECE % FLUSH == 0
+                if nll != 0 and (d - part * width) // PIECE % FLUSH == 0:
+                    _clear(linear)
+                    _clear(q)
                 if seed == 0:
                     x_here = piece_at(x_row, x_kind, d, count, x_piece)
                 else:
                     load_piece(x_row, x_kind, d, count, x_piece)
                     binarize_piece(x_piece, d, count, i64_at(seed)[0], b + example_offset)
                     x_here = x_piece
-                if nll != 0 and first and count < lanes:
-                    _clear(shifted(q, count), lanes - count)
                 if weight[0] == 0:
-                    total += _nll_piece(f32_at(l_row + 4 * d), x_here, q, first, count)
+                    _nll_piece(f32_at(l_row + 4 * d), x_here, linear, q, count)
                 else:
                     to = f32_at(grad_row + 4 * d) if direct else grad_piece
                     if nll != 0:
-                        total += _nll_and_grad_piece(f32_at(l_row + 4 * d), x_here, w, q, first, to, count)
+                        _nll_and_grad_piece(f32_at(l_row + 4 * d), x_here, w, linear, q, to, count)
                     else:
                         _grad_piece(f32_at(l_row + 4 * d), x_here, w, to, count)
                     if not direct:
@@ -165,7 +203,7 @@ def _bernoulli_kernel(
                     if sums != 0:
                         add_piece(to, f64_at(sums + 8 * (block * D + d)), count)
                 if nll != 0 and (d + count == end or ((d - part * width) // PIECE + 1) % FLUSH == 0):
-                    total += _log_of_product(q, lanes)
+                    total += _total(linear, q)
             if nll != 0:
                 f32_at(nll)[r * across + part] = np.float32(total)
             b += 1
