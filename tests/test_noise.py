@@ -76,9 +76,9 @@ def triton_words(counter: Words, key: Words) -> Words:
 def numba_words(counter: Words, key: Words) -> Words:
     load_backend("numba")
     import numba
-    from fastvae_cpu_kernels._philox import MAX_COUNTERS, to_words
+    from fastvae_cpu_kernels._philox import STRIDE, to_words
 
-    words = np.zeros((4, MAX_COUNTERS), np.uint32)
+    words = np.zeros((4, STRIDE), np.uint32)
     words[:, 0] = counter
     seed = np.array(key, np.uint32).view(np.int64)[0]
     numba.njit(lambda words, seed: to_words(words, 1, seed))(words.reshape(-1), seed)

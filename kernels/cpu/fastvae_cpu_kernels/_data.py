@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ._jit import loop, routine, term
 from ._math import ONE, ZERO
-from ._philox import draw_uniforms, fill_counters, to_words
-from ._pointers import f32_at, f32_scratch, u8_at, u32_scratch
+from ._philox import draw_uniforms
+from ._pointers import f32_at, f32_scratch, u8_at
 
 __all__ = ["FLOAT", "binarize_piece", "data_kind", "load_piece", "piece_at"]
 
@@ -62,10 +62,7 @@ def piece_at(row: int, kind: int, first: int, count: int, scratch: Any) -> Any:
 @routine
 def binarize_piece(x: Any, first: int, count: int, seed: int, example: int) -> None:
     """Replaces `x[:count]`, elements `first` (a multiple of 4) onwards of an example, by Bernoulli(x) draws."""
-    words, u = u32_scratch(512), f32_scratch(512)
-    quads = (count + 3) // 4
-    fill_counters(words, 0, quads, first // 4, example, 0, STREAM_BINARIZE)
-    to_words(words, quads, seed)
-    draw_uniforms(words, quads, u)
+    u = f32_scratch(512)
+    draw_uniforms(u, first, count, seed, example, STREAM_BINARIZE)
     for d in range(count):
         x[d] = ONE if u[d] < x[d] else ZERO

@@ -16,10 +16,15 @@ from ._jit import kernel, loop, routine, term
 from ._math import normal_pair
 from ._pointers import f32_scratch, i64_at, u32_scratch
 
-__all__ = ["MAX_COUNTERS", "draw_rows", "draw_uniforms", "fill_counters", "philox_words", "slots_per_draw", "to_words"]
+__all__ = ["STRIDE", "draw_rows", "draw_uniforms", "philox_words", "slots_per_draw", "to_words"]
 
 # counters drawn at a time: 512 elements, whose words stay in the first-level cache
 MAX_COUNTERS = 128
+# all loops run in whole vectors, whatever is drawn beyond the count: the rest of a row of 5 counters would cost more
+LANES = 16
+# from one word of a counter to the next; `fill_counters` runs over the last of them
+STRIDE = MAX_COUNTERS + LANES
+WORDS = 4 * STRIDE
 
 M0, M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 W0, W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
@@ -34,41 +39,47 @@ def _round(c: Any, k0: Any, k1: Any) -> Any:
     return (p1 >> HIGH) ^ c[1] ^ k0, p1, (p0 >> HIGH) ^ c[3] ^ k1, p0
 
 
+@term
+def _whole(count: int) -> int:
+    """`count`, rounded up to whole vectors."""
+    return (count + (LANES - 1)) // LANES * LANES
+
+
 @loop
 def fill_counters(counters: Any, at: int, quads: int, first_quad: int, example: int, sample: int, stream: int) -> None:
-    """Writes the counters of one row, `quads` of them, from position `at`."""
+    """Writes the counters of one row, `quads` of them and up to LANES - 1 more, from position `at`."""
     low, high = np.uint32(example), np.uint32(example >> 32)
     last = np.uint32(sample | (stream << 24))
-    for q in range(quads):
+    for q in range(_whole(quads)):
         counters[at + q] = np.uint32(first_quad + q)
-        counters[MAX_COUNTERS + at + q] = low
-        counters[2 * MAX_COUNTERS + at + q] = high
-        counters[3 * MAX_COUNTERS + at + q] = last
+        counters[STRIDE + at + q] = low
+        counters[2 * STRIDE + at + q] = high
+        counters[3 * STRIDE + at + q] = last
 
 
 @term
 def _load(counters: Any, t: int) -> Any:
     return (
         np.uint64(counters[t]),
-        np.uint64(counters[MAX_COUNTERS + t]),
-        np.uint64(counters[2 * MAX_COUNTERS + t]),
-        np.uint64(counters[3 * MAX_COUNTERS + t]),
+        np.uint64(counters[STRIDE + t]),
+        np.uint64(counters[2 * STRIDE + t]),
+        np.uint64(counters[3 * STRIDE + t]),
     )
 
 
 @term
 def _store(c: Any, counters: Any, t: int) -> None:
     counters[t] = np.uint32(c[0])
-    counters[MAX_COUNTERS + t] = np.uint32(c[1])
-    counters[2 * MAX_COUNTERS + t] = np.uint32(c[2])
-    counters[3 * MAX_COUNTERS + t] = np.uint32(c[3])
+    counters[STRIDE + t] = np.uint32(c[1])
+    counters[2 * STRIDE + t] = np.uint32(c[2])
+    counters[3 * STRIDE + t] = np.uint32(c[3])
 
 
 @loop
 def to_words(counters: Any, count: int, seed: int) -> None:
-    """Turns `count` counters into words, in place; and one more, if they are odd."""
+    """Turns `count` counters into words, in place."""
     # two at a time: each of the ten rounds waits for the one before
-    half = (count + 1) // 2
+    half = _whole((count + 1) // 2)
     for t in range(half):
         k0, k1 = np.uint64(seed) & LOW, np.uint64(seed) >> HIGH
         c, other = _load(counters, t), _load(counters, half + t)
@@ -83,15 +94,14 @@ def to_words(counters: Any, count: int, seed: int) -> None:
 def _draw_normals(words: Any, count: int, eps: Any) -> None:
     """Standard normals from the words of `count` counters: `eps[4 t : 4 t + 4]` from counter t."""
     # normals first, then their order: in one loop the shuffles cost three times as much
-    normals = f32_scratch(512)
-    for t in range(count):
-        normals[t], normals[MAX_COUNTERS + t] = normal_pair(words[t], words[MAX_COUNTERS + t])
-        normals[2 * MAX_COUNTERS + t], normals[3 * MAX_COUNTERS + t] = normal_pair(
-            words[2 * MAX_COUNTERS + t], words[3 * MAX_COUNTERS + t]
-        )
-    for t in range(count):
+    normals = f32_scratch(WORDS)
+    whole = _whole(count)
+    for t in range(whole):
+        normals[t], normals[STRIDE + t] = normal_pair(words[t], words[STRIDE + t])
+        normals[2 * STRIDE + t], normals[3 * STRIDE + t] = normal_pair(words[2 * STRIDE + t], words[3 * STRIDE + t])
+    for t in range(whole):
         for j in range(4):
-            eps[4 * t + j] = normals[j * MAX_COUNTERS + t]
+            eps[4 * t + j] = normals[j * STRIDE + t]
 
 
 @term
@@ -121,7 +131,7 @@ def draw_rows(
     Slot t is draw t % samples of row t // samples; row r is example r % B of sample r // B. Further draws are further
     samples of the same example or, where the rows have no example dimension, further examples.
     """
-    words = u32_scratch(512)
+    words = u32_scratch(WORDS)
     quads = (count + 3) // 4
     row, draw = first_slot // samples, first_slot % samples
     k, b = row // B, row % B
@@ -139,12 +149,16 @@ def draw_rows(
     _draw_normals(words, slots * quads, eps)
 
 
-@loop
-def draw_uniforms(words: Any, count: int, u: Any) -> None:
-    """Uniforms in [0, 1) on the grid of 2^-24: `u[4 t : 4 t + 4]` from counter t."""
-    for t in range(count):
+@routine
+def draw_uniforms(u: Any, first: int, count: int, seed: int, example: int, stream: int) -> None:
+    """Uniforms in [0, 1) on the grid of 2^-24, for elements `first` (a multiple of 4) onwards of an example."""
+    words = u32_scratch(WORDS)
+    quads = (count + 3) // 4
+    fill_counters(words, 0, quads, first // 4, example, 0, stream)
+    to_words(words, quads, seed)
+    for t in range(_whole(quads)):
         for j in range(4):
-            word = words[j * MAX_COUNTERS + t]
+            word = words[j * STRIDE + t]
             u[4 * t + j] = np.float32(np.int32(np.uint32(word >> np.uint32(8)))) * TWO_TO_MINUS_24
 
 
@@ -158,7 +172,7 @@ def _write_words(
     example_offset: int,
     sample_offset: int,
 ) -> None:
-    counters = u32_scratch(512)
+    counters = u32_scratch(WORDS)
     words, seed = i64_at(out), i64_at(seed_address)[0]
     for example in range(num_examples):
         for first_quad in range(0, quads, MAX_COUNTERS):
@@ -167,9 +181,7 @@ def _write_words(
             to_words(counters, count, seed)
             for j in range(4):
                 for t in range(count):
-                    words[(j * num_examples + example) * quads + first_quad + t] = np.int64(
-                        counters[j * MAX_COUNTERS + t]
-                    )
+                    words[(j * num_examples + example) * quads + first_quad + t] = np.int64(counters[j * STRIDE + t])
 
 
 def philox_words(

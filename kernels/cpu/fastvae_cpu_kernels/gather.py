@@ -15,9 +15,9 @@ from torch import Tensor
 from ._data import binarize_piece, data_kind, load_piece
 from ._jit import kernel, routine
 from ._layout import PIECE, plan
-from ._philox import draw_uniforms, fill_counters, to_words
+from ._philox import draw_uniforms
 from ._pieces import store_piece
-from ._pointers import f32_at, f32_scratch, i64_at, prefetch, u8_at, u32_scratch
+from ._pointers import f32_at, f32_scratch, i64_at, prefetch, u8_at
 from ._record import launch
 from ._threads import run
 
@@ -34,11 +34,8 @@ TWO_TO_MINUS_8 = np.float32(2.0**-8)
 
 @routine
 def _dequantize_piece(row: int, first: int, count: int, seed: int, example: int, x: Any) -> None:
-    words, u = u32_scratch(512), f32_scratch(512)
-    quads = (count + 3) // 4
-    fill_counters(words, 0, quads, first // 4, example, 0, STREAM_DEQUANTIZE)
-    to_words(words, quads, seed)
-    draw_uniforms(words, quads, u)
+    u = f32_scratch(512)
+    draw_uniforms(u, first, count, seed, example, STREAM_DEQUANTIZE)
     data = u8_at(row + first)
     for d in range(count):
         x[d] = (np.float32(data[d]) + u[d]) * TWO_TO_MINUS_8
