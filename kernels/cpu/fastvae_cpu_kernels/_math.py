@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ._jit import term
-from ._pointers import bits_of, float_of, nearest
+from ._pointers import bits_of, float_of
 
 __all__ = [
     "HALF",
@@ -45,7 +45,7 @@ C0, C1, C2 = (np.float32(c) for c in (4.166664568298827e-2, -1.388731625493765e-
 LOG2_E = np.float32(1.4426950408889634)
 # ln 2 in two parts: n * LN2_HIGH is exact for |n| < 2^9
 LN2_HIGH, LN2_LOW = np.float32(0.693145751953125), np.float32(1.42860682030941723212e-6)
-# adding 1.5 * 2^23 leaves an integer in the low bits of the sum; unlike a conversion it is defined for NaN
+# adding 1.5 * 2^23 rounds to an integer, which is in the low bits of the sum; unlike a conversion it is defined for NaN
 ROUND_TO_BITS = np.float32(12582912.0)
 EXP_MIN, EXP_MAX = np.float32(-87.33), np.float32(89.0)
 # beyond, tanh is 1
@@ -58,18 +58,16 @@ QUADRANT_ANGLE = np.float32(2.0 * math.pi * 2.0**-34)
 
 @term
 def _reduced(x: Any) -> Any:
-    """(n, r) with x = n ln 2 + r, for x clamped to where exp(x) runs from 0 to infinity."""
-    x = EXP_MIN if x < EXP_MIN else x
+    """(2^(n - 1), r) with x = n ln 2 + r, for x clamped to where exp(x) runs from 0 to infinity.
+
+    Half the power, as 2^128 would overflow too early; for n = -126 it is 0.
+    """
     x = EXP_MAX if x > EXP_MAX else x
-    n = nearest(x * LOG2_E)
+    x = EXP_MIN if x < EXP_MIN else x
+    rounded = x * LOG2_E + ROUND_TO_BITS
+    n = rounded - ROUND_TO_BITS
     r = x - n * LN2_HIGH
-    return n, r - n * LN2_LOW
-
-
-@term
-def _half_power(n: Any) -> Any:
-    """2^(n - 1), and 0 for n = -126. Half the power, as 2^128 would overflow too early."""
-    return float_of(np.int32((bits_of(n + ROUND_TO_BITS) + np.int32(126)) << np.int32(23)))
+    return float_of(np.int32((bits_of(rounded) + np.int32(126)) << np.int32(23))), r - n * LN2_LOW
 
 
 @term
@@ -81,23 +79,21 @@ def _beyond_linear(r: Any) -> Any:
 @term
 def exp(x: Any) -> Any:
     """exp(x); below 2^-126 it is 0."""
-    n, r = _reduced(x)
-    return (TWO + TWO * (r + _beyond_linear(r))) * _half_power(n)
+    half, r = _reduced(x)
+    return (TWO + TWO * (r + _beyond_linear(r))) * half
 
 
 @term
 def expm1(x: Any) -> Any:
     """exp(x) - 1."""
-    n, r = _reduced(x)
-    half = _half_power(n)
+    half, r = _reduced(x)
     return TWO * (half * (r + _beyond_linear(r)) + (half - HALF))
 
 
 @term
 def expm1_minus(x: Any) -> Any:
     """expm1(x) - x. Where x is small nothing cancels: half = 1/2, r = x, and the bracket is 0."""
-    n, r = _reduced(x)
-    half = _half_power(n)
+    half, r = _reduced(x)
     x = EXP_MAX if x > EXP_MAX else x
     return TWO * (half * _beyond_linear(r) + ((half - HALF) + (half * r - HALF * x)))
 
@@ -105,8 +101,8 @@ def expm1_minus(x: Any) -> Any:
 @term
 def exp_and_square(x: Any) -> Any:
     """(exp(x), expm1(2 x), expm1(2 x) - 2 x) of one exponential: expm1(2 x) = h^2 + 2 h, with h = expm1(x)."""
-    n, r = _reduced(x)
-    half, beyond_linear = _half_power(n), _beyond_linear(r)
+    half, r = _reduced(x)
+    beyond_linear = _beyond_linear(r)
     x = EXP_MAX if x > EXP_MAX else x
     h = TWO * (half * (r + beyond_linear) + (half - HALF))
     h_minus = TWO * (half * beyond_linear + ((half - HALF) + (half * r - HALF * x)))

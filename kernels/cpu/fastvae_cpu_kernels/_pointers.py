@@ -1,8 +1,8 @@
 """What the kernels need below Python: memory by address, scratch on the stack, the bits of a float32.
 
 An array argument costs Numba's dispatcher about 0.3 microseconds, and its indices are checked for negative values; a
-kernel takes integer addresses instead. LLVM knows that scratch on the stack aliases nothing, so a loop that writes to
-scratch is vectorised without run-time checks, also when a kernel works in place.
+kernel takes integer addresses instead. LLVM is told that what a loop writes is nothing else that it reads, so loops are
+vectorised without run-time checks; a kernel that works in place writes to scratch on the stack first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ __all__ = [
     "f64_scratch",
     "float_of",
     "i64_at",
-    "nearest",
     "prefetch",
     "shifted",
     "u8_at",
@@ -105,11 +104,5 @@ def _float_intrinsic(result: types.Type, argument: types.Type, emit: Callable[[A
     return operation
 
 
-def _emit_nearest(builder: Any, x: Any, float_type: Any) -> Any:
-    return builder.call(builder.module.declare_intrinsic("llvm.rint", [float_type]), [x])
-
-
 bits_of = _float_intrinsic(types.int32, types.float32, lambda builder, x, to: builder.bitcast(x, to))
 float_of = _float_intrinsic(types.float32, types.int32, lambda builder, x, to: builder.bitcast(x, to))
-# the nearest integer, as a float; Python's round() and math.floor() keep a loop from being vectorised
-nearest = _float_intrinsic(types.float32, types.float32, _emit_nearest)
