@@ -52,15 +52,15 @@ class _OnePass(Function):
     def gradients(cls, ctx: Any, dloss: Tensor) -> tuple[Grad, ...]:
         if torch.compiler.is_compiling():
             return tuple(grad * dloss.to(grad.dtype) for grad in ctx.saved_tensors)
-        inputs = ctx.saved_tensors
         if torch.is_grad_enabled():
+            inputs = ctx.saved_tensors
             fixed = inputs[cls.differentiable :]
             return reference_grads(
                 lambda *given: cls.reference_loss(ctx, *given, *fixed), inputs[: cls.differentiable], (dloss,)
             )
         grads, ctx.gradients = ctx.gradients, None
         if grads is None:
-            _, *grads = cls.grads(ctx, *inputs)
+            _, *grads = cls.grads(ctx, *ctx.saved_tensors)
         return tuple(ctx.kernels.scale_(grad, dloss) for grad in grads)
 
 
