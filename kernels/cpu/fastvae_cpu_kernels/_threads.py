@@ -106,12 +106,12 @@ def run(kernel: Callable[..., None], plan: Plan, nanoseconds: float, *args: Any)
 
 
 def _run(kernel: Callable[..., None], plan: Plan, nanoseconds: float, args: tuple[Any, ...]) -> None:
-    threads = 1
-    if worth_sharing(nanoseconds):
-        threads = min(team(), plan.tiles)
+    threads = min(team(), plan.tiles) if worth_sharing(nanoseconds) else 1
+    if threads < 2:
+        kernel(0, plan.tiles, *args)
+        return
     patience = _patience[kernel, int(nanoseconds).bit_length()]
-    share = threads > 1 and patience.share()
-    parallel, region = (_openmp(), region_of(kernel)) if share else (None, None)
+    parallel, region = (_openmp(), region_of(kernel)) if patience.share() else (None, None)
     if parallel is None or region is None:
         kernel(0, plan.tiles, *args)
         return
