@@ -70,6 +70,8 @@ def test_offsets_beyond_32_bits(backend: str, columns: int) -> None:
     kernels, device = load_backend(backend), device_of(backend)
     if device != "cpu":
         pytest.skip("reserves addresses without memory, which only the host can")
+    if backend == "triton" and "GPU_EMULATOR" in os.environ:
+        pytest.skip("an emulator's notes on every element would need the memory that is not there")
     # address space, not memory: only touched pages exist (0x4000 is MAP_NORESERVE)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
     storage = torch.frombuffer(mmap.mmap(-1, 4 * (3 * 2**31 + 64), flags=flags), dtype=torch.float32)
