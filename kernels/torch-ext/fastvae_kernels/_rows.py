@@ -139,17 +139,18 @@ def _sum_partials_kernel(
 
 
 def sum_partials(
-    first: Tensor, second: Tensor | None = None, second_out: Tensor | None = None
+    first: Tensor, second: Tensor | None = None, *, out: Tensor | None = None, second_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The sums over dimension 0 of one or two contiguous float32 tensors `[height, ...]`, in one launch.
 
-    A tensor of one row is its own sum, as a view, unless there is a place for it, `second_out`.
+    A tensor of one row is its own sum, as a view, unless there is a place for it: `out`, `second_out`, contiguous.
     """
     if second_out is None and second is not None and len(second) == 1:
-        return sum_partials(first)[0], second[0]
-    if second_out is None and len(first) == 1:
+        return sum_partials(first, out=out)[0], second[0]
+    if out is None and second_out is None and len(first) == 1:
         return first[0], None if second is None else sum_partials(second)[0]
-    out = torch.empty(first.shape[1:], dtype=torch.float32, device=first.device)
+    if out is None:
+        out = torch.empty(first.shape[1:], dtype=torch.float32, device=first.device)
     if second is not None and second_out is None:
         second_out = torch.empty(second.shape[1:], dtype=torch.float32, device=first.device)
     height, width = first.shape[0], out.numel()
@@ -187,7 +188,7 @@ class ColumnSums:
     def finish(self, nll: Tensor) -> Tensor:
         """The sums `[B]` of partial losses `[splits, B]`; those of the columns go where they are wanted."""
         if self.adjacent:
-            return sum_partials(nll, self.partial, self.outs[0].as_strided(self.partial.shape[1:], (1,)))[0]
+            return sum_partials(nll, self.partial, second_out=self.outs[0].as_strided(self.partial.shape[1:], (1,)))[0]
         losses, sums = sum_partials(nll, self.partial)
         assert sums is not None
         torch._foreach_copy_(list(self.outs), [sums[p.storage_offset() :][: p.shape[1]] for p in self.parts])

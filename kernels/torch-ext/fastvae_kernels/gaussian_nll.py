@@ -199,26 +199,32 @@ def _launch(
     loss: bool,
     sums: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """One pass: (nll, sums) as far as they are wanted, and the gradients into `dmu` and `dlogvar`.
+    """One pass: (nll, sums of dmu and dlogvar `[2, D]`) as far as they are wanted, gradients into `dmu` and `dlogvar`.
 
-    The sums are those of dmu and dlogvar, `[2, D]`, or that of dlogvar in the shape of a shared logvar.
+    A shared dlogvar, contiguous, is a sum over the rows itself.
     """
     *leading, D = mu.shape
     x, levels = as_bytes(x)
     shared = 0 if logvar.shape == mu.shape else 2 - logvar.ndim
     mu_rows = as_rows(mu)
     rows = [mu_rows, as_rows(logvar.expand(mu.shape)), as_rows(x)]
-    # what is absent gets the strides of mu, which are not used
-    rows += [mu_rows if t is None else output_rows(t) for t in (dmu, dlogvar)]
+    # what is absent, or no gradient of each element, gets the strides of mu, which are not used
+    rows += [mu_rows if t is None or t.shape != mu.shape else output_rows(t) for t in (dmu, dlogvar)]
     width = vector_width(D, *rows)
     rows.append(Rows(mu, 0, 0, 0) if weight is None else as_rows(weight, event=False))
     K, B, (mu_rows, logvar_rows, x_rows, dmu_rows, dlogvar_rows, weight_rows) = merge_rows(mu.shape, *rows)
-    walk = (column_walk if sums else row_walk)(K * B, D, mu.element_size())
+    place = dlogvar if shared else None
+    walk = (column_walk if sums or place is not None else row_walk)(K * B, D, mu.element_size())
     nll = mu.new_empty((walk.splits, *leading), dtype=torch.float32) if loss else None
     partial = None
     if sums:
-        shape = ((walk.groups, 2, D), (walk.groups, D), (walk.groups * walk.splits,))[shared]
-        partial = mu.new_empty(shape, dtype=torch.float32)
+        partial = mu.new_empty((walk.groups, 2, D), dtype=torch.float32)
+    elif place is not None:
+        parts = walk.groups * (walk.splits if shared == 2 else 1)
+        if parts == 1:
+            partial, place = place[None], None
+        else:
+            partial = mu.new_empty((parts, *place.shape), dtype=torch.float32)
     with device_guard(mu):
         _gaussian_nll_kernel[grid_1d(walk.groups, walk.splits)](
             mu_rows.tensor,
@@ -227,7 +233,7 @@ def _launch(
             None if weight is None else weight_rows.tensor,
             nll,
             dmu,
-            dlogvar,
+            None if shared else dlogvar,
             partial,
             K * B,
             B,
@@ -251,9 +257,11 @@ def _launch(
             TAIL=walk.tail,
             num_warps=walk.warps,
         )
-    if nll is None:
-        return None, None if partial is None else sum_partials(partial)[0]
-    return sum_partials(nll, partial)
+    if nll is not None:
+        return sum_partials(nll, partial, second_out=place)
+    if partial is not None and place is not None:
+        sum_partials(partial, out=place)
+    return None, None
 
 
 def gaussian_nll_fwd(mu: Tensor, logvar: Tensor, x: Tensor) -> Tensor:
@@ -269,7 +277,6 @@ def _gradients(
     weight: Tensor, mu: Tensor, logvar: Tensor, x: Tensor, out: tuple[Tensor, Tensor] | None, *, loss: bool, sums: bool
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     """(nll, dmu, dlogvar, sums of both); a shared dlogvar is a sum over the rows, in the shape and dtype of logvar."""
-    full = logvar.shape == mu.shape
     if out is not None:
         dmu, dlogvar = out
     else:
@@ -278,11 +285,8 @@ def _gradients(
     if not mu.numel():
         nll = mu.new_zeros(mu.shape[:-1], dtype=torch.float32)
         return nll, dmu, dlogvar.zero_(), mu.new_zeros((2, mu.shape[-1]), dtype=torch.float32) if sums else None
-    losses, sum_ = _launch(mu, logvar, x, weight, dmu, dlogvar if full else None, loss=loss, sums=sums or not full)
-    if not full:
-        assert sum_ is not None
-        dlogvar.copy_(sum_)
-    return losses, dmu, dlogvar, sum_ if full else None
+    losses, both = _launch(mu, logvar, x, weight, dmu, dlogvar, loss=loss, sums=sums)
+    return losses, dmu, dlogvar, both if sums else None
 
 
 def gaussian_nll_bwd(dnll: Tensor, mu: Tensor, logvar: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
