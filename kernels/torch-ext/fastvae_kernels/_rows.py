@@ -77,8 +77,10 @@ def column_walk(num_rows: int, num_elements: int, itemsize: int, groups: int | N
     programs leave 4 (splits R + groups D) bytes of partial sums, at least 8 sqrt(P R D), to be read again.
     There are `groups` groups of rows if that is given; the last ones may then have nothing to do.
     """
-    cols = max(4, min(128, triton.next_power_of_2(num_elements)))
-    rows = min(8192 // itemsize // cols, triton.next_power_of_2(num_rows))
+    tile, width = 8192 // itemsize, max(4, triton.next_power_of_2(num_elements))
+    rows = min(tile // min(128, width), triton.next_power_of_2(num_rows))
+    # of few rows, more columns
+    cols = min(tile // rows, width)
     splits, all_tiles = triton.cdiv(num_elements, cols), triton.cdiv(num_rows, rows)
     tiles = triton.cdiv(all_tiles, groups or triton.cdiv(64 * itemsize, splits))
     return Walk(rows, cols, 0, groups or triton.cdiv(all_tiles, tiles), tiles, splits, 1, warps=8)
