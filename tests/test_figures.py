@@ -132,7 +132,7 @@ def test_samples_are_drawn_pixel_for_pixel(tmp_path: Path) -> None:
     for i, image in enumerate(images):
         top, left = 10 * (i // 3), 7 * (i % 3)
         grid[top : top + 10, left : left + 7] = 0.0
-        grid[top : top + 9, left : left + 6] = image / 255.0
+        grid[top : top + 9, left : left + 6] = (image / 255.0).numpy()
     expected = grid[:-1, :-1].repeat(17, 0).repeat(17, 1)
     assert pixels.shape == (*expected.shape, 3)
     # the file has 8 bits
