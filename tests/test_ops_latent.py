@@ -230,6 +230,20 @@ def test_kl_keeps_its_digits_near_the_prior(backend: str) -> None:
     torch.testing.assert_close(kl.double(), 0.25 * logvar.double().square().sum(-1), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_log_variances_beyond_float32(backend: str) -> None:
+    """exp(88.7) is the largest of float32: what is larger is infinite, and nothing comes back from there."""
+    kernels, device = load_backend(backend), device_of(backend)
+    logvar = torch.tensor([88.0, 90.0, 176.0, 180.0, 200.0, 1000.0, 3e38], device=device)[:, None]
+    mu, seed = torch.zeros_like(logvar), seed_on(device)
+    with np.errstate(all="ignore"):
+        z, kl, _ = kernels.reparameterize_kl_fwd(mu, logvar, seed, 0, 0, False)
+        eps = kernels.reparameterize_fwd(mu, mu, seed, None, 0, 0, 0)
+    variance = logvar.double().exp()
+    torch.testing.assert_close(z, variance.sqrt().float() * eps, rtol=2e-6, atol=0)
+    torch.testing.assert_close(kl, (0.5 * (variance - 1.0 - logvar)).float().squeeze(1), rtol=2e-6, atol=0)
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_and_infinity_stay_in_their_row(backend: str, op: str) -> None:

@@ -217,6 +217,9 @@ def test_sure_and_wrong_logits(backend: str) -> None:
     exact = reference.bernoulli_nll(logits[:, 4:].double(), x[:, 4:].double())
     sure = kernels.bernoulli_nll_fwd(logits[:, 4:], x[:, 4:], None, 0)
     torch.testing.assert_close(sure.double(), exact, rtol=1e-6, atol=0)
+    # 2^5000: the factors of a row are not all multiplied
+    unsure = torch.zeros(1, 5000, device=device)
+    assert kernels.bernoulli_nll_fwd(unsure, unsure, None, 0).item() == pytest.approx(5000 * math.log(2.0), rel=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
