@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from ._jit import kernel, loop, routine, term
-from ._math import normal_pair
+from ._math import HALF, ONE, normal_pair
 from ._pointers import f32_scratch, i64_at, u32_scratch
 
-__all__ = ["STRIDE", "draw_rows", "draw_uniforms", "philox_words", "slots_per_draw", "to_words"]
+__all__ = ["MAX_NORMALS", "STRIDE", "draw_rows", "draw_uniforms", "philox_words", "slots_per_draw", "to_words"]
 
-# counters drawn at a time: 512 elements, whose words stay in the first-level cache
-MAX_COUNTERS = 128
+# counters drawn at a time, and their normals, which stay in the first-level cache: twice a piece's, as the words of all
+# are made before the first normal, and the first ones wait for the last of what was done before
+MAX_COUNTERS = 256
+MAX_NORMALS = 4 * MAX_COUNTERS
 # all loops run in whole vectors, whatever is drawn beyond the count: the rest of a row of 5 counters would cost more
 LANES = 16
 # from one word of a counter to the next; `fill_counters` runs over the last of them
@@ -55,6 +57,21 @@ def fill_counters(counters: Any, at: int, quads: int, first_quad: int, example: 
         counters[STRIDE + at + q] = low
         counters[2 * STRIDE + at + q] = high
         counters[3 * STRIDE + at + q] = last
+
+
+@loop
+def _fill_rows(counters: Any, count: int, quads: int, first_quad: int, example: int, sample: int, stream: int) -> None:
+    """`fill_counters` of rows that are examples in a row, `count` counters in all: no loop for each of them."""
+    low, high = np.uint32(example), np.uint32(example >> 32)
+    last = np.uint32(sample | (stream << 24))
+    width, part = np.int32(quads), ONE / np.float32(quads)
+    for t in range(_whole(count)):
+        # t // quads: at least 1 / 256 away from an integer
+        row = np.int32((np.float32(np.int32(t)) + HALF) * part)
+        counters[t] = np.uint32(np.int32(first_quad) + np.int32(np.int32(t) - np.int32(row * width)))
+        counters[STRIDE + t] = np.uint32(low + np.uint32(row))
+        counters[2 * STRIDE + t] = high
+        counters[3 * STRIDE + t] = last
 
 
 @term
@@ -135,16 +152,19 @@ def draw_rows(
     quads = (count + 3) // 4
     row, draw = first_slot // samples, first_slot % samples
     k, b = row // B, row % B
-    for i in range(slots):
-        example, sample = b + example_offset, draw * K + k + sample_offset
-        if samples_are_examples:
-            example, sample = draw + example_offset, sample_offset
-        fill_counters(words, i * quads, quads, first // 4, example, sample, stream)
-        draw += 1
-        if draw == samples:
-            draw, b = 0, b + 1
-        if b == B:
-            b, k = 0, k + 1
+    if samples == 1 and b + slots <= B and (b + example_offset) % (1 << 32) + slots <= 1 << 32:
+        _fill_rows(words, slots * quads, quads, first // 4, b + example_offset, k + sample_offset, stream)
+    else:
+        for i in range(slots):
+            example, sample = b + example_offset, draw * K + k + sample_offset
+            if samples_are_examples:
+                example, sample = draw + example_offset, sample_offset
+            fill_counters(words, i * quads, quads, first // 4, example, sample, stream)
+            draw += 1
+            if draw == samples:
+                draw, b = 0, b + 1
+            if b == B:
+                b, k = 0, k + 1
     to_words(words, slots * quads, seed)
     _draw_normals(words, slots * quads, eps)
 

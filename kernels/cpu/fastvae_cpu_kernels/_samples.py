@@ -22,7 +22,7 @@ from torch import Tensor
 from ._jit import kernel, loop
 from ._layout import NO_ROWS, PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
 from ._math import HALF, ZERO, exp
-from ._philox import draw_rows, slots_per_draw
+from ._philox import MAX_NORMALS, draw_rows, slots_per_draw
 from ._pieces import row_address, store_piece
 from ._pointers import f32_at, f32_scratch, f64_scratch, i64_at, shifted
 from ._reduce import row_sums, row_totals
@@ -123,7 +123,7 @@ def _fwd_kernel(
     stream: int,
     samples_are_examples: int,
 ) -> None:
-    eps, sigma = f32_scratch(512), f32_scratch(512)
+    eps, sigma = f32_scratch(MAX_NORMALS), f32_scratch(512)
     slots = slots_per_draw(width)
     for tile in range(first_tile, last_tile):
         block, part = tile // across, tile % across
@@ -196,7 +196,7 @@ def _bwd_kernel(
     stream: int,
     samples_are_examples: int,
 ) -> None:
-    eps, sigma, zeros = f32_scratch(512), f32_scratch(512), f32_scratch(512)
+    eps, sigma, zeros = f32_scratch(MAX_NORMALS), f32_scratch(512), f32_scratch(512)
     mu_sum, logvar_sum = f32_scratch(512), f32_scratch(512)
     mu_total, logvar_total = f64_scratch(512), f64_scratch(512)
     for d in range(PIECE):

@@ -15,7 +15,7 @@ from torch import Tensor
 from ._jit import kernel, loop
 from ._layout import PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
 from ._math import HALF, ZERO, exp_and_square
-from ._philox import draw_rows, slots_per_draw
+from ._philox import MAX_NORMALS, draw_rows, slots_per_draw
 from ._pieces import add_piece, row_address, store_piece
 from ._pointers import f32_at, f32_scratch, f64_at, i64_at, shifted
 from ._reduce import PartialSums, row_sums, row_totals
@@ -66,7 +66,7 @@ def _fwd_kernel(
     example_offset: int,
     stream: int,
 ) -> None:
-    eps, kl_piece = f32_scratch(512), f32_scratch(512)
+    eps, kl_piece = f32_scratch(MAX_NORMALS), f32_scratch(512)
     # several rows if a row is short; one row, piece by piece, if it is long
     rows = slots_per_draw(width)
     for tile in range(first_tile, last_tile):
@@ -119,7 +119,7 @@ def _bwd_kernel(
     example_offset: int,
     stream: int,
 ) -> None:
-    eps, dmu_piece, dlogvar_piece = f32_scratch(512), f32_scratch(512), f32_scratch(512)
+    eps, dmu_piece, dlogvar_piece = f32_scratch(MAX_NORMALS), f32_scratch(512), f32_scratch(512)
     rows = slots_per_draw(width)
     # gradients that overwrite nothing are written where they belong
     direct = dmu[0] != dz[0] and dmu[0] != mu[0] and dlogvar[0] != dz[0] and dlogvar[0] != logvar[0]
