@@ -125,6 +125,12 @@ def test_noise_is_independent_of_blocks_and_shapes(backend: str) -> None:
     assert torch.equal(noise(backend, (40, 7)), whole[:, :7])
     assert torch.equal(noise(backend, (3, 64), example_offset=19), whole[19:22, :64])
     assert torch.equal(noise(backend, (1, 2500), example_offset=39)[:, :300], whole[39:])
+    # rows are numbered in 64 bits, and of any width drawn as on their own
+    beyond = noise(backend, (8, 20), example_offset=2**32 - 5)
+    assert torch.equal(noise(backend, (3, 20), example_offset=2**32), beyond[5:])
+    for width in (44, 164, 220, 244):
+        rows = noise(backend, (24, width))
+        assert all(torch.equal(noise(backend, (1, width), example_offset=b)[0], rows[b]) for b in range(24))
     assert torch.equal(noise(backend, (40, 300), num_samples=2)[0], whole)
 
 
