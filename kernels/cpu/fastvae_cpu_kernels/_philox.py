@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._jit import kernel, loop, routine, term
 from ._math import HALF, ONE, normal_pair
-from ._pointers import f32_scratch, i64_at, u32_scratch
+from ._pointers import f32_scratch, i64_at, shifted, u32_scratch
 
 __all__ = ["MAX_NORMALS", "STRIDE", "draw_rows", "draw_uniforms", "philox_words", "slots_per_draw", "to_words"]
 
@@ -48,20 +48,13 @@ def _whole(count: int) -> int:
 
 
 @loop
-def fill_counters(counters: Any, at: int, quads: int, first_quad: int, example: int, sample: int, stream: int) -> None:
-    """Writes the counters of one row, `quads` of them and up to LANES - 1 more, from position `at`."""
-    low, high = np.uint32(example), np.uint32(example >> 32)
-    last = np.uint32(sample | (stream << 24))
-    for q in range(_whole(quads)):
-        counters[at + q] = np.uint32(first_quad + q)
-        counters[STRIDE + at + q] = low
-        counters[2 * STRIDE + at + q] = high
-        counters[3 * STRIDE + at + q] = last
+def fill_counters(
+    counters: Any, count: int, quads: int, first_quad: int, example: int, sample: int, stream: int
+) -> None:
+    """Writes `count` counters, of rows that are examples one after the other, `quads` of each; and up to 15 more.
 
-
-@loop
-def _fill_rows(counters: Any, count: int, quads: int, first_quad: int, example: int, sample: int, stream: int) -> None:
-    """`fill_counters` of rows that are examples in a row, `count` counters in all: no loop for each of them."""
+    One loop for all rows: a loop for each would cost more than the counters of a short one.
+    """
     low, high = np.uint32(example), np.uint32(example >> 32)
     last = np.uint32(sample | (stream << 24))
     width, part = np.int32(quads), ONE / np.float32(quads)
@@ -153,13 +146,13 @@ def draw_rows(
     row, draw = first_slot // samples, first_slot % samples
     k, b = row // B, row % B
     if samples == 1 and b + slots <= B and (b + example_offset) % (1 << 32) + slots <= 1 << 32:
-        _fill_rows(words, slots * quads, quads, first // 4, b + example_offset, k + sample_offset, stream)
+        fill_counters(words, slots * quads, quads, first // 4, b + example_offset, k + sample_offset, stream)
     else:
         for i in range(slots):
             example, sample = b + example_offset, draw * K + k + sample_offset
             if samples_are_examples:
                 example, sample = draw + example_offset, sample_offset
-            fill_counters(words, i * quads, quads, first // 4, example, sample, stream)
+            fill_counters(shifted(words, i * quads), quads, quads, first // 4, example, sample, stream)
             draw += 1
             if draw == samples:
                 draw, b = 0, b + 1
@@ -174,7 +167,7 @@ def draw_uniforms(u: Any, first: int, count: int, seed: int, example: int, strea
     """Uniforms in [0, 1) on the grid of 2^-24, for elements `first` (a multiple of 4) onwards of an example."""
     words = u32_scratch(WORDS)
     quads = (count + 3) // 4
-    fill_counters(words, 0, quads, first // 4, example, 0, stream)
+    fill_counters(words, quads, quads, first // 4, example, 0, stream)
     to_words(words, quads, seed)
     for t in range(_whole(quads)):
         for j in range(4):
@@ -197,7 +190,7 @@ def _write_words(
     for example in range(num_examples):
         for first_quad in range(0, quads, MAX_COUNTERS):
             count = min(MAX_COUNTERS, quads - first_quad)
-            fill_counters(counters, 0, count, first_quad, example + example_offset, sample_offset, stream)
+            fill_counters(counters, count, count, first_quad, example + example_offset, sample_offset, stream)
             to_words(counters, count, seed)
             for j in range(4):
                 for t in range(count):

@@ -60,15 +60,21 @@ def _clear(lanes: Any) -> None:
 
 
 @loop
-def _add_line(logits: Any, x: Any, linear: Any, q: Any, count: int) -> None:
-    """The linear terms are added to `linear`, the factors multiplied into `q`, each element into a lane of its own."""
+def _add_line(logits: Any, x: Any, linear: Any, q: Any, weight: Any, grad: Any, count: int) -> None:
+    """The linear terms are added to `linear`, the factors multiplied into `q`, each element into a lane of its own.
+
+    The gradient is written where there is a place for it, with the same exponential; None is compiled away.
+    """
     for i in range(count):
+        e = exp(-abs(logits[i]))
         linear[i] += _linear_term(logits[i], x[i])
-        q[i] = _times(q[i], exp(-abs(logits[i])))
+        q[i] = _times(q[i], e)
+        if grad is not None:
+            grad[i] = weight * _grad_term(logits[i], x[i], e)
 
 
 @loop
-def _add_block(logits: Any, x: Any, linear: Any, q: Any) -> None:
+def _add_block(logits: Any, x: Any, linear: Any, q: Any, weight: Any, grad: Any) -> None:
     """`_add_line` of four lines."""
     for i in range(LINE):
         a, b, c = i + LINE, i + 2 * LINE, i + 3 * LINE
@@ -76,60 +82,29 @@ def _add_block(logits: Any, x: Any, linear: Any, q: Any) -> None:
         q[i] = _times(q[i], _times(_times(e0, e1), _times(e2, e3)))
         front = _linear_term(logits[i], x[i]) + _linear_term(logits[a], x[a])
         linear[i] += front + (_linear_term(logits[b], x[b]) + _linear_term(logits[c], x[c]))
+        if grad is not None:
+            grad[i] = weight * _grad_term(logits[i], x[i], e0)
+            grad[a] = weight * _grad_term(logits[a], x[a], e1)
+            grad[b] = weight * _grad_term(logits[b], x[b], e2)
+            grad[c] = weight * _grad_term(logits[c], x[c], e3)
 
 
 @loop
-def _add_line_with_grad(logits: Any, x: Any, weight: Any, linear: Any, q: Any, grad: Any, count: int) -> None:
-    for i in range(count):
-        e = exp(-abs(logits[i]))
-        linear[i] += _linear_term(logits[i], x[i])
-        q[i] = _times(q[i], e)
-        grad[i] = weight * _grad_term(logits[i], x[i], e)
-
-
-@loop
-def _add_block_with_grad(logits: Any, x: Any, weight: Any, linear: Any, q: Any, grad: Any) -> None:
-    for i in range(LINE):
-        a, b, c = i + LINE, i + 2 * LINE, i + 3 * LINE
-        e0, e1, e2, e3 = exp(-abs(logits[i])), exp(-abs(logits[a])), exp(-abs(logits[b])), exp(-abs(logits[c]))
-        q[i] = _times(q[i], _times(_times(e0, e1), _times(e2, e3)))
-        front = _linear_term(logits[i], x[i]) + _linear_term(logits[a], x[a])
-        linear[i] += front + (_linear_term(logits[b], x[b]) + _linear_term(logits[c], x[c]))
-        grad[i] = weight * _grad_term(logits[i], x[i], e0)
-        grad[a] = weight * _grad_term(logits[a], x[a], e1)
-        grad[b] = weight * _grad_term(logits[b], x[b], e2)
-        grad[c] = weight * _grad_term(logits[c], x[c], e3)
-
-
-@loop
-def _nll_piece(logits: Any, x: Any, linear: Any, q: Any, count: int) -> None:
+def _nll_piece(logits: Any, x: Any, linear: Any, q: Any, weight: Any, grad: Any, count: int) -> None:
     whole = count // BLOCK * BLOCK
     for d in range(0, whole, BLOCK):
         chain = d // BLOCK % CHAINS * LINE
-        _add_block(shifted(logits, d), shifted(x, d), shifted(linear, chain), shifted(q, chain))
+        to = None if grad is None else shifted(grad, d)
+        _add_block(shifted(logits, d), shifted(x, d), shifted(linear, chain), shifted(q, chain), weight, to)
     for d in range(whole, count, LINE):
-        _add_line(shifted(logits, d), shifted(x, d), linear, q, min(LINE, count - d))
+        to = None if grad is None else shifted(grad, d)
+        _add_line(shifted(logits, d), shifted(x, d), linear, q, weight, to, min(LINE, count - d))
 
 
 @loop
 def _grad_piece(logits: Any, x: Any, weight: Any, grad: Any, count: int) -> None:
     for d in range(count):
         grad[d] = weight * _grad_term(logits[d], x[d], exp(-abs(logits[d])))
-
-
-@loop
-def _nll_and_grad_piece(logits: Any, x: Any, weight: Any, linear: Any, q: Any, grad: Any, count: int) -> None:
-    """Both, with one exponential."""
-    whole = count // BLOCK * BLOCK
-    for d in range(0, whole, BLOCK):
-        chain = d // BLOCK % CHAINS * LINE
-        _add_block_with_grad(
-            shifted(logits, d), shifted(x, d), weight, shifted(linear, chain), shifted(q, chain), shifted(grad, d)
-        )
-    for d in range(whole, count, LINE):
-        _add_line_with_grad(
-            shifted(logits, d), shifted(x, d), weight, linear, q, shifted(grad, d), min(LINE, count - d)
-        )
 
 
 @loop
@@ -191,11 +166,11 @@ def _bernoulli_kernel(
                     binarize_piece(x_piece, d, count, i64_at(seed)[0], b + example_offset)
                     x_here = x_piece
                 if weight[0] == 0:
-                    _nll_piece(f32_at(l_row + 4 * d), x_here, linear, q, count)
+                    _nll_piece(f32_at(l_row + 4 * d), x_here, linear, q, w, None, count)
                 else:
                     to = f32_at(grad_row + 4 * d) if direct else grad_piece
                     if nll != 0:
-                        _nll_and_grad_piece(f32_at(l_row + 4 * d), x_here, w, linear, q, to, count)
+                        _nll_piece(f32_at(l_row + 4 * d), x_here, linear, q, w, to, count)
                     else:
                         _grad_piece(f32_at(l_row + 4 * d), x_here, w, to, count)
                     if not direct:
