@@ -76,13 +76,18 @@ def triton_words(counter: Words, key: Words) -> Words:
 def numba_words(counter: Words, key: Words) -> Words:
     load_backend("numba")
     import numba
-    from fastvae_cpu_kernels._philox import STRIDE, to_words
+    from fastvae_cpu_kernels._philox import STRIDE, WORDS, to_words
+    from fastvae_cpu_kernels._pointers import u32_scratch
 
-    words = np.zeros((4, STRIDE), np.uint32)
-    words[:, 0] = counter
-    seed = np.array(key, np.uint32).view(np.int64)[0]
-    numba.njit(lambda words, seed: to_words(words, 1, seed))(words.reshape(-1), seed)
-    return tuple(words[:, 0].tolist())
+    @numba.njit
+    def first_words(counter: np.ndarray, seed: int) -> tuple[int, ...]:
+        words = u32_scratch(WORDS)
+        for j in range(4):
+            words[j * STRIDE] = counter[j]
+        to_words(words, 1, seed)
+        return words[0], words[STRIDE], words[2 * STRIDE], words[3 * STRIDE]
+
+    return tuple(first_words(np.array(counter, np.uint32), np.array(key, np.uint32).view(np.int64)[0]))
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS, ids=["zeros", "ones", "pi"])

@@ -21,6 +21,7 @@ __all__ = [
     "ZERO",
     "exp",
     "exp_and_square",
+    "exp_of_negative",
     "expm1",
     "expm1_minus",
     "log1p",
@@ -48,6 +49,8 @@ LN2_HIGH, LN2_LOW = np.float32(0.693145751953125), np.float32(1.4286068203094172
 # adding 1.5 * 2^23 rounds to an integer, which is in the low bits of the sum; unlike a conversion it is defined for NaN
 ROUND_TO_BITS = np.float32(12582912.0)
 EXP_MIN, EXP_MAX = np.float32(-87.33), np.float32(89.0)
+# there n is -127, and no bits are left for 2^n
+UNDERFLOW = np.float32(-88.0)
 # beyond, tanh is 1
 TANH_MAX = np.float32(10.0)
 SQRT_HALF_BITS, SIGNIFICAND_BITS = np.int32(0x3F3504F3), np.int32(0x007FFFFF)
@@ -57,17 +60,23 @@ QUADRANT_ANGLE = np.float32(2.0 * math.pi * 2.0**-34)
 
 
 @term
+def _divided(x: Any) -> Any:
+    """(n, r) with x = n ln 2 + r; n as int32, in the low bits."""
+    rounded = x * LOG2_E + ROUND_TO_BITS
+    n = rounded - ROUND_TO_BITS
+    r = x - n * LN2_HIGH
+    return bits_of(rounded), r - n * LN2_LOW
+
+
+@term
 def _reduced(x: Any) -> Any:
     """(2^(n - 1), r) with x = n ln 2 + r, for x clamped to where exp(x) runs from 0 to infinity.
 
     Half the power, as 2^128 would overflow too early; for n = -126 it is 0.
     """
     x = EXP_MAX if x > EXP_MAX else x
-    x = EXP_MIN if x < EXP_MIN else x
-    rounded = x * LOG2_E + ROUND_TO_BITS
-    n = rounded - ROUND_TO_BITS
-    r = x - n * LN2_HIGH
-    return float_of(np.int32((bits_of(rounded) + np.int32(126)) << np.int32(23))), r - n * LN2_LOW
+    n, r = _divided(EXP_MIN if x < EXP_MIN else x)
+    return float_of(np.int32((n + np.int32(126)) << np.int32(23))), r
 
 
 @term
@@ -81,6 +90,13 @@ def exp(x: Any) -> Any:
     """exp(x); below 2^-126 it is 0."""
     half, r = _reduced(x)
     return (TWO + TWO * (r + _beyond_linear(r))) * half
+
+
+@term
+def exp_of_negative(x: Any) -> Any:
+    """exp(x) for x <= 0, in fewer steps; below 2^-126.5 it is 0."""
+    n, r = _divided(UNDERFLOW if x < UNDERFLOW else x)
+    return (ONE + (r + _beyond_linear(r))) * float_of(np.int32((n + np.int32(127)) << np.int32(23)))
 
 
 @term

@@ -85,19 +85,33 @@ def _store(c: Any, counters: Any, t: int) -> None:
     counters[3 * STRIDE + t] = np.uint32(c[3])
 
 
+@term
+def _advance(state: Any) -> Any:
+    """One round of four counters, and the next keys: each round waits for the one before, so others go in between."""
+    a, b, c, d, k0, k1 = state
+    a, b, c, d = _round(a, k0, k1), _round(b, k0, k1), _round(c, k0, k1), _round(d, k0, k1)
+    return a, b, c, d, (k0 + W0) & LOW, (k1 + W1) & LOW
+
+
 @loop
+def _ten_rounds(a: Any, b: Any, c: Any, d: Any, count: int, seed: int) -> None:
+    for t in range(count):
+        keys = np.uint64(seed) & LOW, np.uint64(seed) >> HIGH
+        state = _load(a, t), _load(b, t), _load(c, t), _load(d, t), keys[0], keys[1]
+        # written out, as LLVM would not unroll so long a loop, and not vectorise around it
+        state = _advance(_advance(_advance(_advance(_advance(state)))))
+        state = _advance(_advance(_advance(_advance(_advance(state)))))
+        _store(state[0], a, t)
+        _store(state[1], b, t)
+        _store(state[2], c, t)
+        _store(state[3], d, t)
+
+
+@term
 def to_words(counters: Any, count: int, seed: int) -> None:
     """Turns `count` counters into words, in place."""
-    # two at a time: each of the ten rounds waits for the one before
-    half = _whole((count + 1) // 2)
-    for t in range(half):
-        k0, k1 = np.uint64(seed) & LOW, np.uint64(seed) >> HIGH
-        c, other = _load(counters, t), _load(counters, half + t)
-        for _ in range(10):
-            c, other = _round(c, k0, k1), _round(other, k0, k1)
-            k0, k1 = (k0 + W0) & LOW, (k1 + W1) & LOW
-        _store(c, counters, t)
-        _store(other, counters, half + t)
+    part = _whole((count + 3) // 4)
+    _ten_rounds(counters, shifted(counters, part), shifted(counters, 2 * part), shifted(counters, 3 * part), part, seed)
 
 
 @loop

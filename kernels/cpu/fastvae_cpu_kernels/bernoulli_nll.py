@@ -17,7 +17,7 @@ from torch import Tensor
 from ._data import binarize_piece, data_kind, load_piece, piece_at
 from ._jit import kernel, loop, term
 from ._layout import NO_ROWS, PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
-from ._math import ONE, ZERO, exp, log1p
+from ._math import ONE, ZERO, exp_of_negative, log1p
 from ._pieces import add_piece, row_address, store_piece
 from ._pointers import f32_at, f32_scratch, f64_at, i64_at, shifted
 from ._reduce import PartialSums, row_sums, row_totals
@@ -66,7 +66,7 @@ def _add_line(logits: Any, x: Any, linear: Any, q: Any, weight: Any, grad: Any, 
     The gradient is written where there is a place for it, with the same exponential; None is compiled away.
     """
     for i in range(count):
-        e = exp(-abs(logits[i]))
+        e = exp_of_negative(-abs(logits[i]))
         linear[i] += _linear_term(logits[i], x[i])
         q[i] = _times(q[i], e)
         if grad is not None:
@@ -78,7 +78,8 @@ def _add_block(logits: Any, x: Any, linear: Any, q: Any, weight: Any, grad: Any)
     """`_add_line` of four lines."""
     for i in range(LINE):
         a, b, c = i + LINE, i + 2 * LINE, i + 3 * LINE
-        e0, e1, e2, e3 = exp(-abs(logits[i])), exp(-abs(logits[a])), exp(-abs(logits[b])), exp(-abs(logits[c]))
+        e0, e1 = exp_of_negative(-abs(logits[i])), exp_of_negative(-abs(logits[a]))
+        e2, e3 = exp_of_negative(-abs(logits[b])), exp_of_negative(-abs(logits[c]))
         q[i] = _times(q[i], _times(_times(e0, e1), _times(e2, e3)))
         front = _linear_term(logits[i], x[i]) + _linear_term(logits[a], x[a])
         linear[i] += front + (_linear_term(logits[b], x[b]) + _linear_term(logits[c], x[c]))
@@ -104,7 +105,7 @@ def _nll_piece(logits: Any, x: Any, linear: Any, q: Any, weight: Any, grad: Any,
 @loop
 def _grad_piece(logits: Any, x: Any, weight: Any, grad: Any, count: int) -> None:
     for d in range(count):
-        grad[d] = weight * _grad_term(logits[d], x[d], exp(-abs(logits[d])))
+        grad[d] = weight * _grad_term(logits[d], x[d], exp_of_negative(-abs(logits[d])))
 
 
 @loop
