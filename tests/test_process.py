@@ -69,3 +69,8 @@ def test_what_the_package_exports() -> None:
     assert callable(fastvae.VAE)
     with pytest.raises(AttributeError, match="has no attribute 'vae'"):
         _ = fastvae.vae
+
+
+def test_the_program_collects_garbage_less_often() -> None:
+    script = "import gc, fastvae.__main__; fastvae.__main__.prepare_process(); print(gc.get_threshold()[0])"
+    assert int(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout) == 10_000
