@@ -77,7 +77,7 @@ def row_weights(weight: Tensor | None, rows: Iterable[int], prediction: Tensor) 
     """The weight of each row's nll in a loss: given, or 1 / rows for the mean."""
     shape = torch.Size(rows)
     if weight is None:
-        return prediction.new_full((), 1.0 / max(1, shape.numel()), dtype=torch.float32).expand(shape)
+        return prediction.new_full(shape, 1.0 / max(1, shape.numel()), dtype=torch.float32)
     if weight.requires_grad:
         raise ValueError("row weights are constants of the loss: expected a weight that needs no gradient (detach it)")
     try:

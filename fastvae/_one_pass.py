@@ -46,6 +46,8 @@ class _OnePass(Function):
             ctx.save_for_backward(*inputs)
             ctx.gradients = grads
         ctx.mark_non_differentiable(nll)
+        # or every backward would fill zeros for nll
+        ctx.set_materialize_grads(False)
         return (row_weight * nll).sum(), nll
 
     @classmethod

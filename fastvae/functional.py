@@ -89,7 +89,8 @@ def kernel_package(device_type: str) -> tuple[Any, str]:
 def choose_backend(op: str, *tensors: Tensor | None) -> tuple[Any, str]:
     """The module whose kernels run `op` on these tensors, or None for the reference; and the reason in words."""
     given = [t for t in tensors if t is not None]
-    package, reason = kernel_package(given[0].device.type)
+    device_type = given[0].device.type
+    package, reason = kernel_package(device_type)
     if package is None:
         return None, reason
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
@@ -101,7 +102,7 @@ def choose_backend(op: str, *tensors: Tensor | None) -> tuple[Any, str]:
         from fastvae import _library
 
         return _library, f"{package.__name__} as torch.library operators"
-    return package, f"{given[0].device.type} tensors"
+    return package, f"{device_type} tensors"
 
 
 def _training_kernels(op: str, x: Tensor, *inputs: Tensor) -> Any:

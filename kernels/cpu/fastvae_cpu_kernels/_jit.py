@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+from numba import types
 from numba.core.compiler import Compiler
 
 __all__ = ["kernel", "loop", "routine", "term"]
@@ -72,8 +73,12 @@ def loop(function: F) -> F:
 
 def routine(function: F) -> F:
     """A `loop` that is called, not inlined: long code that several kernels share, and that is worth the call."""
-    called: F = numba.njit(**{**_LOOP, "forceinline": False})(function)
-    return called
+    called = numba.njit(**{**_LOOP, "forceinline": False})(function)
+    template = called.get_call_template
+    # compiled once, not again for each set of arguments that are constants where it is called
+    called.get_call_template = lambda args, kwargs: template(tuple(map(types.unliteral, args)), kwargs)
+    compiled: F = called
+    return compiled
 
 
 def kernel(function: F) -> F:

@@ -35,7 +35,7 @@ def supports(op: str, *tensors: Tensor) -> str | None:
         return f"the Numba kernels have no {op}"
     predictions = _PREDICTIONS[op]
     for i, tensor in enumerate(tensors):
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"the Numba kernels take CPU tensors, not {tensor.device.type}"
         if i < predictions and tensor.dtype != torch.float32:
             return f"the Numba kernels take float32, not {str(tensor.dtype)[6:]}"
@@ -47,7 +47,7 @@ def supports(op: str, *tensors: Tensor) -> str | None:
 def _supports_products(x: Tensor, weight: Tensor, *others: Tensor) -> str | None:
     """Of a linear layer, x `[..., I]` and weight `[O, I]`."""
     for tensor in (x, weight, *others):
-        if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+        if not tensor.is_cpu or tensor.dtype != torch.float32:
             return "the Numba kernels multiply float32 on a CPU"
     if weight.ndim != 2 or x.ndim < 2 or x.shape[-1] != weight.shape[1] or x.numel() * len(weight) < _LEAST_MULTIPLIES:
         return "PyTorch's products are for small matrices"

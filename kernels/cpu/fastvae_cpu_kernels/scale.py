@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ._jit import kernel, loop
@@ -48,6 +49,6 @@ def scale_(tensor: Tensor, scale: Tensor) -> Tensor:
     """`tensor`, multiplied in place by the one element of `scale`, which is read where it is."""
     if not tensor.is_contiguous() or scale.dtype != tensor.dtype:
         return tensor.mul_(scale)
-    grid = plan(tensor.flatten().shape)
+    grid = plan(torch.Size((tensor.numel(),)))
     run(_scale_kernel, grid, _NS_PER_ELEMENT * grid.elements, tensor.data_ptr(), scale.data_ptr(), *grid.sizes)
     return tensor
