@@ -115,6 +115,11 @@ def test_in_place_is_out_of_place() -> None:
 
 def alone(loop: Callable[..., object], absent: str) -> str:
     """Assembly of a kernel of one loop: inputs in memory, what the loop writes in scratch; None for what is absent."""
+    if loop in _jit._routines:
+        _, dispatcher, types = _jit._routines[loop]
+        routine = numba.njit(**_jit._ROUTINE)(dispatcher.py_func)
+        routine.compile(types)
+        return "".join(routine.inspect_asm().values())
     py_func = loop.py_func  # type: ignore[attr-defined]
     outputs = set(re.findall(r"(\w+)\[[^]]*\](?:, \w+\[[^]]*\])* \+?= ", inspect.getsource(py_func)))
     arguments, before, after = [], [], []
@@ -163,7 +168,7 @@ def alone(loop: Callable[..., object], absent: str) -> str:
         ("_samples._sigma_piece", ["exp"]),
         ("_samples._add_grad_with_path", ["div"]),
         ("_philox._draw_normals", ["sqrt"]),
-        ("_philox.to_words", ["pmuludq"]),
+        ("_philox._ten_rounds", ["pmuludq"]),
     ],
 )
 def test_hot_loops_are_vectorised(name: str, hot: list[str]) -> None:
@@ -178,6 +183,28 @@ def test_hot_loops_are_vectorised(name: str, hot: list[str]) -> None:
     vector = "[yz]mm" if llvmlite.binding.get_host_cpu_features().get("avx2") else "xmm"
     for instruction in hot:
         assert re.search(rf"\bv?{packed[instruction]}\s.*{vector}", assembly), f"{name}: no vectors of {instruction}"
+
+
+def test_a_routine_is_compiled_once_for_all_kernels_and_processes(tmp_path: Path) -> None:
+    script = (
+        "import torch, fastvae_cpu_kernels as k, numba.core.event as event\n"
+        "names, given = [], (torch.zeros(1, 1), torch.ones(1, 1), torch.tensor([0]))\n"
+        "with event.install_recorder('numba:compile') as recorder:\n"
+        "    k.reparameterize_fwd(*given, None, 0, 0, 0)\n"
+        "    k.reparameterize_kl_fwd(*given, 0, 0, False)\n"
+        "for _, one in recorder.buffer:\n"
+        "    if one.is_start:\n"
+        "        print(one.data['dispatcher'].py_func.__name__)\n"
+    )
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+
+    def compiled() -> list[str]:
+        return subprocess.check_output([sys.executable, "-c", script], env=env, text=True).split()
+
+    names = compiled()
+    assert names.count("draw_rows") == names.count("_ten_rounds") == 1
+    assert names.count("_fwd_kernel") == 2
+    assert not compiled()
 
 
 def test_the_cache_is_used_by_other_processes_and_by_no_other_source(tmp_path: Path) -> None:

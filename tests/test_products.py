@@ -195,8 +195,9 @@ def test_tanh_is_accurate_near_zero_and_saturates() -> None:
 @needs_avx512
 def test_a_tile_stays_in_registers() -> None:
     """A step of k is 24 multiply-adds of whole vectors, and nothing is put aside in it."""
-    compiled = numba.njit(**_jit._KERNEL)(_gemm.product.py_func)
-    compiled.compile((numba.int64,) * 10)
+    _, dispatcher, arguments = _jit._routines[_gemm._tile]
+    compiled = numba.njit(**_jit._ROUTINE)(dispatcher.py_func)
+    compiled.compile(arguments)
     (assembly,) = compiled.inspect_asm().values()
     steps = [block for block in re.split(r"\n(?=\S+:)", assembly) if len(re.findall("vfmadd.*zmm", block)) == 24]
     assert steps

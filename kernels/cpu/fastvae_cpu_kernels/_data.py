@@ -11,7 +11,7 @@ from torch import Tensor
 from ._jit import loop, routine, term
 from ._math import ONE, ZERO
 from ._philox import draw_uniforms
-from ._pointers import f32_at, f32_scratch, u8_at
+from ._pointers import Floats, f32_at, f32_scratch, u8_at
 
 __all__ = ["FLOAT", "binarize_piece", "data_kind", "load_piece", "piece_at"]
 
@@ -33,8 +33,8 @@ def _byte(value: Any) -> Any:
     return np.float32(value) * INV_255_HIGH + np.float32(value) * INV_255_LOW
 
 
-@loop
-def load_piece(row: int, kind: int, first: int, count: int, x: Any) -> None:
+@routine
+def load_piece(row: int, kind: int, first: int, count: int, x: Floats) -> None:
     """`x[:count]` = elements `first` onwards of the row at address `row`; a byte means its value / 255."""
     if kind == FLOAT:
         floats = f32_at(row + 4 * first)
@@ -60,7 +60,7 @@ def piece_at(row: int, kind: int, first: int, count: int, scratch: Any) -> Any:
 
 
 @routine
-def binarize_piece(x: Any, first: int, count: int, seed: int, example: int) -> None:
+def binarize_piece(x: Floats, first: int, count: int, seed: int, example: int) -> None:
     """Replaces `x[:count]`, elements `first` (a multiple of 4) onwards of an example, by Bernoulli(x) draws."""
     u = f32_scratch(512)
     draw_uniforms(u, first, count, seed, example, STREAM_BINARIZE)

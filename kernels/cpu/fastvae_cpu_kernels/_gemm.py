@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 
 from ._jit import loop, routine, term
 from ._pieces import increase_piece, store_piece
-from ._pointers import f32_at, f32_scratch, shifted
+from ._pointers import Floats, f32_at, f32_scratch, shifted
 
 __all__ = ["COLUMNS", "LANES", "ROWS", "available", "product", "transpose_block", "width_of"]
 
@@ -137,7 +137,7 @@ one_vector: Any = _one_vector
 
 
 @routine
-def _tile(a: int, a_row: int, a_k: int, rows: int, b: int, b_k: int, count: int, K: int, out: Any) -> None:
+def _tile(a: int, a_row: int, a_k: int, rows: int, b: int, b_k: int, count: int, K: int, out: Floats) -> None:
     """C's first `rows` <= 8 rows and `count` <= 48 columns, as rows of 48 in `out`, which is 64-byte aligned.
 
     Of A float32 at address `a`, the next row is `a_row` bytes on, the next k `a_k`; of B at `b`, the next k `b_k`.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._jit import kernel, loop, routine, term
 from ._math import HALF, ONE, normal_pair
-from ._pointers import f32_scratch, i64_at, shifted, u32_scratch
+from ._pointers import Floats, f32_scratch, i64_at, shifted, u32_scratch
 
 __all__ = ["MAX_NORMALS", "STRIDE", "draw_rows", "draw_uniforms", "philox_words", "slots_per_draw", "to_words"]
 
@@ -136,7 +136,7 @@ def slots_per_draw(count: int) -> int:
 
 @routine
 def draw_rows(
-    eps: Any,
+    eps: Floats,
     first_slot: int,
     slots: int,
     samples: int,
@@ -177,7 +177,7 @@ def draw_rows(
 
 
 @routine
-def draw_uniforms(u: Any, first: int, count: int, seed: int, example: int, stream: int) -> None:
+def draw_uniforms(u: Floats, first: int, count: int, seed: int, example: int, stream: int) -> None:
     """Uniforms in [0, 1) on the grid of 2^-24, for elements `first` (a multiple of 4) onwards of an example."""
     words = u32_scratch(WORDS)
     quads = (count + 3) // 4

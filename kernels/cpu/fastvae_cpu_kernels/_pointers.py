@@ -8,7 +8,7 @@ vectorised without run-time checks; a kernel that works in place writes to scrat
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from llvmlite import ir
 from numba import types
@@ -16,6 +16,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 __all__ = [
+    "Floats",
+    "Words",
     "bits_of",
     "f32_at",
     "f32_scratch",
@@ -24,10 +26,17 @@ __all__ = [
     "float_of",
     "i64_at",
     "prefetch",
+    "read_ahead",
     "shifted",
     "u8_at",
     "u32_scratch",
+    "write_ahead",
 ]
+
+
+# pointers to float32 and to uint32, as arguments of a routine
+Floats: TypeAlias = Any
+Words: TypeAlias = Any
 
 
 def _pointer_at(element: types.Type) -> Any:
@@ -77,20 +86,31 @@ def _shifted(typing_context: Any, pointer: types.Type, count: types.Type) -> Any
 shifted: Any = _shifted
 
 
-@intrinsic
-def _prefetch(typing_context: Any, address: types.Type) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-        function_type = ir.FunctionType(ir.VoidType(), [pointer, flag, flag, flag])
-        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-        # to be read, kept close, as data
-        builder.call(function, [builder.inttoptr(args[0], pointer), flag(0), flag(3), flag(1)])
+def _prefetcher(lines: int, ahead: int, to_write: bool) -> Any:
+    """Asks for so many cache lines, so many bytes beyond a pointer; any address will do."""
 
-    return types.void(types.int64), codegen
+    @intrinsic
+    def prefetcher(typing_context: Any, pointer: types.Type) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            byte_pointer, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+            function_type = ir.FunctionType(ir.VoidType(), [byte_pointer, flag, flag, flag])
+            function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+            start = builder.bitcast(args[0], byte_pointer)
+            for line in range(lines):
+                place = builder.gep(start, [ir.IntType(64)(ahead + 64 * line)])
+                # kept close, as data
+                builder.call(function, [place, flag(int(to_write)), flag(3), flag(1)])
+
+        return types.void(pointer), codegen
+
+    return prefetcher
 
 
-# prefetch(address): its cache line will be read soon; any address will do
-prefetch: Any = _prefetch
+# prefetch(pointer): its cache line will be read soon
+prefetch = _prefetcher(1, 0, to_write=False)
+# read_ahead(pointer), write_ahead(pointer): what lies 8 KiB beyond these 64 float32, before it is read or written.
+# Called between blocks of arithmetic: all lines of a piece at once would wait for one another
+read_ahead, write_ahead = _prefetcher(4, 8192, to_write=False), _prefetcher(4, 8192, to_write=True)
 
 
 def _float_intrinsic(result: types.Type, argument: types.Type, emit: Callable[[Any, Any, Any], Any]) -> Any:

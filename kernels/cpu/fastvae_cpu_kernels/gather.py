@@ -5,8 +5,6 @@ scale: x / 255 for bytes,   binarize: Bernoulli(x) draws of that,   dequantize: 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,7 +15,7 @@ from ._jit import kernel, routine
 from ._layout import PIECE, plan
 from ._philox import draw_uniforms
 from ._pieces import store_piece
-from ._pointers import f32_at, f32_scratch, i64_at, prefetch, u8_at
+from ._pointers import Floats, f32_at, f32_scratch, i64_at, prefetch, u8_at
 from ._record import launch
 from ._threads import run
 
@@ -33,7 +31,7 @@ TWO_TO_MINUS_8 = np.float32(2.0**-8)
 
 
 @routine
-def _dequantize_piece(row: int, first: int, count: int, seed: int, example: int, x: Any) -> None:
+def _dequantize_piece(row: int, first: int, count: int, seed: int, example: int, x: Floats) -> None:
     u = f32_scratch(512)
     draw_uniforms(u, first, count, seed, example, STREAM_DEQUANTIZE)
     data = u8_at(row + first)
@@ -76,7 +74,7 @@ def _gather_kernel(
                 continue
             ahead = i64_at(index + min(b + AHEAD, B - 1) * index_bytes)[0]
             for line in range(0, min(row_bytes, PREFETCHED_BYTES), 64):
-                prefetch(data + row_bytes * ahead + line)
+                prefetch(u8_at(data + row_bytes * ahead + line))
             row = data + row_bytes * n
             if transform == SCALE:
                 d = part * width
