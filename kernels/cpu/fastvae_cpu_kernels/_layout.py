@@ -15,19 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "FAR",
-    "NO_ROWS",
-    "PIECE",
-    "Plan",
-    "Rows",
-    "deliver",
-    "destination",
-    "plan",
-    "rows_of",
-    "scalars_of",
-    "walkable",
-]
+__all__ = ["NO_ROWS", "PIECE", "Plan", "Rows", "deliver", "destination", "plan", "rows_of", "scalars_of", "walkable"]
 
 # (address, bytes to the next sample, bytes to the next example)
 Rows = tuple[int, int, int]
@@ -36,9 +24,6 @@ NO_ROWS: Rows = (0, 0, 0)
 
 # columns that pass through the stages of a kernel together: 2 KiB of scratch each
 PIECE = 512
-# tensors of so many elements are not in a core's own cache. There the processor asks for data too late, as it looks
-# ahead over arithmetic first, and some kernels ask for it 8 KiB ahead
-FAR = 2**19
 _TILE_COLUMNS, _TILE_ROWS, _TILE_ELEMENTS = 8192, 64, 32768
 
 

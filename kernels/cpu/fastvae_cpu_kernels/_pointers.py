@@ -16,7 +16,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 __all__ = [
-    "BLOCK",
     "Floats",
     "Words",
     "bits_of",
@@ -107,13 +106,11 @@ def _prefetcher(lines: int, ahead: int, to_write: bool) -> Any:
     return prefetcher
 
 
-# how many float32 `read_ahead` and `write_ahead` ask for
-BLOCK = 64
 # prefetch(pointer): its cache line will be read soon
 prefetch = _prefetcher(1, 0, to_write=False)
-# read_ahead(pointer), write_ahead(pointer): what lies 8 KiB beyond a block, before it is read or written.
+# read_ahead(pointer), write_ahead(pointer): what lies 8 KiB beyond these 64 float32, before it is read or written.
 # Called between blocks of arithmetic: all lines of a piece at once would wait for one another
-read_ahead, write_ahead = (_prefetcher(4 * BLOCK // 64, 8192, to_write=to_write) for to_write in (False, True))
+read_ahead, write_ahead = _prefetcher(4, 8192, to_write=False), _prefetcher(4, 8192, to_write=True)
 
 
 def _float_intrinsic(result: types.Type, argument: types.Type, emit: Callable[[Any, Any, Any], Any]) -> Any:

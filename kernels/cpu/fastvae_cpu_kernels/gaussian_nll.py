@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ._data import data_kind, piece_at
 from ._jit import kernel, loop, term
-from ._layout import FAR, NO_ROWS, PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
+from ._layout import NO_ROWS, PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
 from ._math import HALF, ONE, ZERO, exp
 from ._pieces import add_piece, row_address, store_piece
-from ._pointers import BLOCK, f32_at, f32_scratch, f64_at, read_ahead
+from ._pointers import f32_at, f32_scratch, f64_at
 from ._reduce import PartialSums, row_sums, row_totals
 from ._threads import run
 
@@ -94,8 +94,6 @@ def _gaussian_kernel(
     x_piece, dmu_piece, dlogvar_piece = f32_scratch(512), f32_scratch(512), f32_scratch(512)
     # gradients that overwrite nothing are written where they belong
     direct = dlogvar[0] != 0 and dmu[0] != mu[0] and dlogvar[0] != logvar[0]
-    far = weight[0] == 0 and K * B * D >= FAR
-    step = BLOCK if far else PIECE
     for tile in range(first_tile, last_tile):
         block, part = tile // across, tile % across
         k, b = block * height // B, block * height % B
@@ -110,15 +108,11 @@ def _gaussian_kernel(
                 w = f32_at(row_address(weight, k, b))[0]
             total = 0.0
             end = min(D, (part + 1) * width)
-            for d in range(part * width, end, step):
-                count = min(step, end - d)
+            for d in range(part * width, end, PIECE):
+                count = min(PIECE, end - d)
                 x_here = piece_at(x_row, x_kind, d, count, x_piece)
                 m, v = f32_at(mu_row + 4 * d), f32_at(logvar_row + 4 * d)
                 if weight[0] == 0:
-                    if far:
-                        read_ahead(m)
-                        read_ahead(v)
-                        read_ahead(x_here)
                     total += _nll_piece(m, v, x_here, count)
                 else:
                     to_mu = f32_at(dmu_row + 4 * d) if direct else dmu_piece
