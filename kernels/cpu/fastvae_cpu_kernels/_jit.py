@@ -101,10 +101,10 @@ def routine(function: F) -> F:
     """A `loop` that is called, not inlined: long code that several kernels share, and that is worth the call.
 
     It is compiled once, with the types of its annotations, and not again as a part of each kernel that calls it: a
-    kernel knows its symbol, and LLVM where that is. It returns nothing.
+    kernel knows its symbol, and `_define` tells LLVM where that is. It returns nothing.
     """
     *arguments, returns = (_TYPES[annotation] for annotation in function.__annotations__.values())
-    symbol = f"{function.__module__}.{function.__name__}_{_SOURCES}"
+    symbol = f"{function.__module__}.{function.__name__}"
 
     def call(typing_context: Any, *given: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -114,7 +114,6 @@ def routine(function: F) -> F:
             convention.call_function(builder, native, returns, signature.args, args)
             return context.get_dummy_value()
 
-        _define(called)
         return returns(*arguments), codegen
 
     # Numba asks for names and number of the arguments
@@ -139,7 +138,7 @@ def _define(called: Any) -> None:
 
 @functools.cache
 def _define_callees(function: Callable[..., Any]) -> None:
-    """Defines the routines that a function calls, directly or not: if its code is loaded, nobody else asks for them."""
+    """Defines the routines that a function calls, directly or not."""
     for name in function.__code__.co_names:
         value = function.__globals__.get(name)
         if isinstance(value, Dispatcher):

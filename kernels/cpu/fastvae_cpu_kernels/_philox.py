@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._jit import kernel, loop, routine, term
 from ._math import HALF, ONE, normal_pair
-from ._pointers import Floats, f32_scratch, i64_at, shifted, u32_scratch
+from ._pointers import Floats, Words, f32_scratch, i64_at, shifted, u32_scratch
 
 __all__ = ["MAX_NORMALS", "STRIDE", "draw_rows", "draw_uniforms", "philox_words", "slots_per_draw", "to_words"]
 
@@ -49,7 +49,7 @@ def _whole(count: int) -> int:
 
 @loop
 def fill_counters(
-    counters: Any, count: int, quads: int, first_quad: int, example: int, sample: int, stream: int
+    counters: Words, count: int, quads: int, first_quad: int, example: int, sample: int, stream: int
 ) -> None:
     """Writes `count` counters, of rows that are examples one after the other, `quads` of each; and up to 15 more.
 
@@ -68,7 +68,7 @@ def fill_counters(
 
 
 @term
-def _load(counters: Any, t: int) -> Any:
+def _load(counters: Words, t: int) -> Any:
     return (
         np.uint64(counters[t]),
         np.uint64(counters[STRIDE + t]),
@@ -78,7 +78,7 @@ def _load(counters: Any, t: int) -> Any:
 
 
 @term
-def _store(c: Any, counters: Any, t: int) -> None:
+def _store(c: Any, counters: Words, t: int) -> None:
     counters[t] = np.uint32(c[0])
     counters[STRIDE + t] = np.uint32(c[1])
     counters[2 * STRIDE + t] = np.uint32(c[2])
@@ -94,7 +94,7 @@ def _advance(state: Any) -> Any:
 
 
 @loop
-def _ten_rounds(a: Any, b: Any, c: Any, d: Any, count: int, seed: int) -> None:
+def _ten_rounds(a: Words, b: Words, c: Words, d: Words, count: int, seed: int) -> None:
     for t in range(count):
         keys = np.uint64(seed) & LOW, np.uint64(seed) >> HIGH
         state = _load(a, t), _load(b, t), _load(c, t), _load(d, t), keys[0], keys[1]
@@ -108,14 +108,14 @@ def _ten_rounds(a: Any, b: Any, c: Any, d: Any, count: int, seed: int) -> None:
 
 
 @term
-def to_words(counters: Any, count: int, seed: int) -> None:
+def to_words(counters: Words, count: int, seed: int) -> None:
     """Turns `count` counters into words, in place."""
     part = _whole((count + 3) // 4)
     _ten_rounds(counters, shifted(counters, part), shifted(counters, 2 * part), shifted(counters, 3 * part), part, seed)
 
 
 @loop
-def _draw_normals(words: Any, count: int, eps: Any) -> None:
+def _draw_normals(words: Words, count: int, eps: Floats) -> None:
     """Standard normals from the words of `count` counters: `eps[4 t : 4 t + 4]` from counter t."""
     # normals first, then their order: in one loop the shuffles cost three times as much
     normals = f32_scratch(WORDS)
