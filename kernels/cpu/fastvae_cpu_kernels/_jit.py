@@ -38,8 +38,10 @@ class _NoAlias(Compiler):
 _FORMULA: dict[str, Any] = {"fastmath": {"contract", "nsz"}, "error_model": "numpy"}
 # a sum must be reordered before it can be vectorised; the order is fixed when the kernel is compiled
 _REORDERED: dict[str, Any] = {**_FORMULA, "fastmath": {"contract", "nsz", "reassoc"}, "pipeline_class": _NoAlias}
-_INLINED: dict[str, Any] = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-_ROUTINE: dict[str, Any] = {**_REORDERED, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+# called by compiled code alone
+_INTERNAL: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_INLINED: dict[str, Any] = {**_INTERNAL, "forceinline": True}
+_ROUTINE: dict[str, Any] = {**_REORDERED, **_INTERNAL}
 _KERNEL: dict[str, Any] = {**_FORMULA, "nogil": True, "no_cfunc_wrapper": True}
 # the types of a routine's arguments, by their annotations
 _TYPES = {
@@ -101,7 +103,7 @@ def routine(function: F) -> F:
     """A `loop` that is called, not inlined: long code that several kernels share, and that is worth the call.
 
     It is compiled once, with the types of its annotations, and not again as a part of each kernel that calls it: a
-    kernel knows its symbol, and `_define` tells LLVM where that is. It returns nothing.
+    kernel knows its symbol, and `_define` tells LLVM where that is. It returns nothing and cannot fail.
     """
     *arguments, returns = (_TYPES[annotation] for annotation in function.__annotations__.values())
     symbol = f"{function.__module__}.{function.__name__}"

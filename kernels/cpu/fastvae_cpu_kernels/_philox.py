@@ -95,9 +95,10 @@ def _advance(state: Any) -> Any:
 
 @loop
 def _ten_rounds(a: Words, b: Words, c: Words, d: Words, count: int, seed: int) -> None:
+    """Turns the counters at four places, `count` at each, into words, in place."""
     for t in range(count):
-        keys = np.uint64(seed) & LOW, np.uint64(seed) >> HIGH
-        state = _load(a, t), _load(b, t), _load(c, t), _load(d, t), keys[0], keys[1]
+        k0, k1 = np.uint64(seed) & LOW, np.uint64(seed) >> HIGH
+        state = _load(a, t), _load(b, t), _load(c, t), _load(d, t), k0, k1
         # written out, as LLVM would not unroll so long a loop, and not vectorise around it
         state = _advance(_advance(_advance(_advance(_advance(state)))))
         state = _advance(_advance(_advance(_advance(_advance(state)))))
