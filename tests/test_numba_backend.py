@@ -101,6 +101,13 @@ def test_four_dimensions_that_do_not_collapse_are_copied() -> None:
     assert torch.equal(kernels.kl_standard_normal_fwd(view, view), kernels.kl_standard_normal_fwd(mu, mu))
 
 
+def test_tensors_of_other_devices_are_refused() -> None:
+    here, elsewhere = torch.zeros(64, 512), torch.zeros(64, 512, device="meta")
+    assert kernels.supports("kl_standard_normal", here, here) is None
+    assert "not meta" in str(kernels.supports("kl_standard_normal", here, elsewhere))
+    assert "on a CPU" in str(kernels.supports("linear", here, torch.zeros(512, 512, device="meta")))
+
+
 def test_in_place_is_out_of_place() -> None:
     mu, logvar, x, weight = torch.randn(70, 1100), torch.randn(70, 1100), torch.rand(70, 1100), torch.rand(70)
     nll, *expected, sums = kernels.gaussian_nll_with_grad(mu, logvar, x, weight, True)
