@@ -73,11 +73,11 @@ def check_num_samples(num_samples: int) -> int:
     return num_samples
 
 
-def row_weights(weight: Tensor | None, rows: Iterable[int], prediction: Tensor) -> Tensor:
-    """The weight of each row's nll in a loss: given, or 1 / rows for the mean."""
-    shape = torch.Size(rows)
+def row_weights(weight: Tensor | None, rows: Iterable[int], prediction: Tensor) -> Tensor | None:
+    """The weight of each row's nll in a loss, float32 of the shape of the rows; None stays None: 1 / rows, the mean."""
     if weight is None:
-        return prediction.new_full(shape, 1.0 / max(1, shape.numel()), dtype=torch.float32)
+        return None
+    shape = torch.Size(rows)
     if weight.requires_grad:
         raise ValueError("row weights are constants of the loss: expected a weight that needs no gradient (detach it)")
     try:

@@ -140,8 +140,8 @@ _reparameterize_kl_bwd = _operator(
     lambda dz, dkl, mu, logvar, *_: (_like(mu), _like(logvar)),
 )
 _bernoulli_nll_with_grad = _operator(
-    "bernoulli_nll_with_grad(Tensor logits, Tensor x, Tensor row_weight, Tensor? binarize_seed, SymInt example_offset, "
-    "bool column_sums) -> (Tensor, Tensor, Tensor)",
+    "bernoulli_nll_with_grad(Tensor logits, Tensor x, Tensor? row_weight, Tensor? binarize_seed, "
+    "SymInt example_offset, bool column_sums) -> (Tensor, Tensor, Tensor)",
     lambda logits, x, row_weight, seed, example_offset, column_sums: (
         _loss(logits),
         _like(logits),
@@ -149,7 +149,7 @@ _bernoulli_nll_with_grad = _operator(
     ),
 )
 _gaussian_nll_with_grad = _operator(
-    "gaussian_nll_with_grad(Tensor mu, Tensor logvar, Tensor x, Tensor row_weight, bool column_sums) "
+    "gaussian_nll_with_grad(Tensor mu, Tensor logvar, Tensor x, Tensor? row_weight, bool column_sums) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda mu, logvar, x, row_weight, column_sums: (
         _loss(mu),

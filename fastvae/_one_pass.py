@@ -1,7 +1,7 @@
 """Training losses whose forward already writes the gradient: half the passes of a likelihood and its backward.
 
-loss = sum_r w_r nll_r with row weights w known before the forward (1 / batch for a mean, or importance weights). The
-one kernel that reads the prediction and the data writes nll and d loss / d prediction; the backward multiplies by the
+loss = sum_r w_r nll_r with row weights w known before the forward (None: the mean; or importance weights). The one
+kernel that reads the prediction and the data writes nll and d loss / d prediction; the backward multiplies by the
 upstream scalar.
 
 The first backward gives the gradient buffer up, scaled in place; a second one (`retain_graph`) computes it again, and
@@ -22,6 +22,13 @@ from fastvae._autograd import Grad, Kernels, reference_grads
 from fastvae._linear import linear, linear_grads
 
 
+def weighted_sum(nll: Tensor, row_weight: Grad) -> Tensor:
+    """sum_r w_r nll_r; without weights the mean, which of no rows is 0."""
+    if row_weight is None:
+        return nll.mean() if nll.numel() else nll.sum()
+    return (row_weight * nll).sum()
+
+
 class _OnePass(Function):
     """What the losses share. A subclass says how many of its inputs are differentiable, and two computations."""
 
@@ -38,7 +45,7 @@ class _OnePass(Function):
         raise NotImplementedError
 
     @classmethod
-    def run(cls, ctx: Any, row_weight: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def run(cls, ctx: Any, row_weight: Grad, *inputs: Any) -> tuple[Tensor, Tensor]:
         nll, *grads = cls.grads(ctx, *inputs)
         if torch.compiler.is_compiling():
             ctx.save_for_backward(*grads)
@@ -48,7 +55,7 @@ class _OnePass(Function):
         ctx.mark_non_differentiable(nll)
         # or every backward would fill zeros for nll
         ctx.set_materialize_grads(False)
-        return (row_weight * nll).sum(), nll
+        return weighted_sum(nll, row_weight), nll
 
     @classmethod
     def gradients(cls, ctx: Any, dloss: Tensor) -> tuple[Grad, ...]:
@@ -75,7 +82,7 @@ class BernoulliLoss(_OnePass):
         kernels: Kernels,
         logits: Tensor,
         x: Tensor,
-        row_weight: Tensor,
+        row_weight: Grad,
         binarize_seed: Grad,
         example_offset: int,
     ) -> tuple[Tensor, Tensor]:
@@ -91,9 +98,9 @@ class BernoulliLoss(_OnePass):
         return ctx.kernels.bernoulli_nll_with_grad(*inputs, ctx.example_offset, False)[:2]
 
     @staticmethod
-    def reference_loss(ctx: Any, logits: Tensor, x: Tensor, row_weight: Tensor, seed: Grad) -> Tensor:
+    def reference_loss(ctx: Any, logits: Tensor, x: Tensor, row_weight: Grad, seed: Grad) -> Tensor:
         nll = reference.bernoulli_nll(logits, x, binarize_seed=seed, example_offset=ctx.example_offset)
-        return (row_weight * nll).sum()
+        return weighted_sum(nll, row_weight)
 
 
 class GaussianLoss(_OnePass):
@@ -115,8 +122,8 @@ class GaussianLoss(_OnePass):
         return ctx.kernels.gaussian_nll_with_grad(*inputs, False)[:3]
 
     @staticmethod
-    def reference_loss(ctx: Any, mu: Tensor, logvar: Tensor, x: Tensor, row_weight: Tensor) -> Tensor:
-        return (row_weight * reference.gaussian_nll(mu, logvar, x)).sum()
+    def reference_loss(ctx: Any, mu: Tensor, logvar: Tensor, x: Tensor, row_weight: Grad) -> Tensor:
+        return weighted_sum(reference.gaussian_nll(mu, logvar, x), row_weight)
 
 
 class LinearBernoulliLoss(_OnePass):
@@ -136,7 +143,7 @@ class LinearBernoulliLoss(_OnePass):
         weight: Tensor,
         bias: Tensor,
         x: Tensor,
-        row_weight: Tensor,
+        row_weight: Grad,
         binarize_seed: Grad,
         example_offset: int,
     ) -> tuple[Tensor, Tensor]:

@@ -358,7 +358,7 @@ def bernoulli_nll_loss(
     if kernels is not None:
         return _one_pass.BernoulliLoss.apply(kernels, logits, x, row_weight, seed, example_offset)
     nll = bernoulli_nll(logits, x, binarize_seed=seed, example_offset=example_offset)
-    return (row_weight * nll).sum(), nll.detach()
+    return _one_pass.weighted_sum(nll, row_weight), nll.detach()
 
 
 def gaussian_nll_loss(mu: Tensor, logvar: Tensor, x: Tensor, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -372,7 +372,7 @@ def gaussian_nll_loss(mu: Tensor, logvar: Tensor, x: Tensor, *, weight: Tensor |
     if kernels is not None:
         return _one_pass.GaussianLoss.apply(kernels, mu, logvar, x, row_weight)
     nll = gaussian_nll(mu, logvar, x)
-    return (row_weight * nll).sum(), nll.detach()
+    return _one_pass.weighted_sum(nll, row_weight), nll.detach()
 
 
 def linear_bernoulli_nll_loss(

@@ -259,6 +259,26 @@ def test_in_place(backend: str, dtype: torch.dtype, sums: bool) -> None:
     assert torch.equal(buffer, torch.cat(right[1:3], dim=-1))
 
 
+@pytest.mark.parametrize("shape", [(300,), (9, 300), (3, 7, 20)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_weights_it_is_the_mean(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """The bits that a weight of 1 / rows for each row gives."""
+    kernels, device = load_backend(backend), device_of(backend)
+    mu, logvar = (randn(*shape, seed=i, dtype=dtype, device=device) for i in range(2))
+    x, rows = data_like(shape, torch.uint8, device), torch.Size(shape[:-1])
+    weight = torch.full(rows, 1.0 / rows.numel(), device=device)
+    skip_unsupported(kernels, "gaussian_nll", mu, logvar, x)
+    for sums in (False, True):
+        expected = kernels.bernoulli_nll_with_grad(mu, x, weight, None, 0, sums)
+        got = kernels.bernoulli_nll_with_grad(mu, x, None, None, 0, sums)
+        assert all(torch.equal(*pair) for pair in zip(got[: 2 + sums], expected[: 2 + sums], strict=True))
+        expected = kernels.gaussian_nll_with_grad(mu, logvar, x, weight, sums)
+        got = kernels.gaussian_nll_with_grad(mu, logvar, x, None, sums)
+        assert all(torch.equal(*pair) for pair in zip(got[:3], expected[:3], strict=True))
+        assert not sums or all(torch.equal(*pair) for pair in zip(got[3], expected[3], strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_elements", [1, 3, 20, 64, 300])
 @pytest.mark.parametrize("data", [torch.uint8, torch.float32], ids=str)

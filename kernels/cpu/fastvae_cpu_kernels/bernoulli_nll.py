@@ -135,8 +135,8 @@ def _bernoulli_kernel(
     logits: Rows,  # float32 [K, B, D]
     x: Rows,  # [K, B, D] of type x_kind
     x_kind: int,
-    weight: Rows,  # float32 [K, B]; address 0: no gradient
-    grad: Rows,  # float32 [K, B, D], may be `logits`
+    weight: Rows,  # float32 [K, B]; address 0: 1 / (K * B) each
+    grad: Rows,  # float32 [K, B, D], may be `logits`; address 0: not wanted
     nll: int,  # float32 [K * B, tiles across], or 0
     sums: int,  # float64 [tiles down, D], or 0
     seed: int,  # int64 [1], or 0: x is not binarised
@@ -160,7 +160,7 @@ def _bernoulli_kernel(
             l_row = row_address(logits, k, b)
             x_row = row_address(x, k, b)
             grad_row = row_address(grad, k, b)
-            w = ZERO
+            w = np.float32(1.0 / (K * B))
             if weight[0] != 0:
                 w = f32_at(row_address(weight, k, b))[0]
             total = 0.0
@@ -176,7 +176,7 @@ def _bernoulli_kernel(
                     load_piece(x_row, x_kind, d, count, x_piece)
                     binarize_piece(x_piece, d, count, i64_at(seed)[0], b + example_offset)
                     x_here = x_piece
-                if weight[0] == 0:
+                if grad[0] == 0:
                     _nll_piece(f32_at(l_row + 4 * d), x_here, linear, q, w, None, count, far)
                 else:
                     to = f32_at(grad_row + 4 * d) if direct else grad_piece
@@ -205,10 +205,11 @@ def _launch(
     example_offset: int,
     *,
     with_nll: bool,
+    with_grad: bool,
     column_sums: bool | Tensor = False,
     out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(nll, weight * d nll / d logits, its column sums), each if asked for."""
+    """(nll, weight * d nll / d logits, its column sums), each if asked for; without weights those of the mean."""
     grid = plan(logits.shape)
     logits, x = walkable(logits), walkable(x)
     totals = row_totals(grid.leading, grid) if with_nll else None
@@ -217,6 +218,7 @@ def _launch(
     grad, weight_rows, grad_rows = None, NO_ROWS, NO_ROWS
     if weight is not None:
         weight, weight_rows = scalars_of(weight)
+    if with_grad:
         grad = destination(out, logits)
         grad_rows = rows_of(grad)
     run(
@@ -243,7 +245,7 @@ def _launch(
 
 def bernoulli_nll_fwd(logits: Tensor, x: Tensor, binarize_seed: Tensor | None, example_offset: int) -> Tensor:
     """nll `[...]` float32 for logits `[..., D]` float32 and x `[..., D]` float32, bool or uint8 (x / 255)."""
-    nll, _, _ = _launch(logits, x, None, binarize_seed, example_offset, with_nll=True)
+    nll, _, _ = _launch(logits, x, None, binarize_seed, example_offset, with_nll=True, with_grad=False)
     assert nll is not None
     return nll
 
@@ -252,7 +254,7 @@ def bernoulli_nll_bwd(
     dnll: Tensor, logits: Tensor, x: Tensor, binarize_seed: Tensor | None, example_offset: int
 ) -> Tensor:
     """dlogits `[..., D]` for dnll `[...]`."""
-    _, dlogits, _ = _launch(logits, x, dnll, binarize_seed, example_offset, with_nll=False)
+    _, dlogits, _ = _launch(logits, x, dnll, binarize_seed, example_offset, with_nll=False, with_grad=True)
     assert dlogits is not None
     return dlogits
 
@@ -260,7 +262,7 @@ def bernoulli_nll_bwd(
 def bernoulli_nll_with_grad(
     logits: Tensor,
     x: Tensor,
-    row_weight: Tensor,
+    row_weight: Tensor | None,
     binarize_seed: Tensor | None,
     example_offset: int,
     column_sums: bool | Tensor,
@@ -268,7 +270,8 @@ def bernoulli_nll_with_grad(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(nll, row_weight * d nll / d logits, its sums over the rows `[D]` or None) in one pass.
 
-    `out` takes the gradient, and may be `logits`; a part of `ColumnSums` for the column sums takes those.
+    `row_weight` `[...]` is 1 / rows where it is None. `out` takes the gradient, and may be `logits`; a part of
+    `ColumnSums` for the column sums takes those.
     """
     nll, dlogits, sums = _launch(
         logits,
@@ -277,6 +280,7 @@ def bernoulli_nll_with_grad(
         binarize_seed,
         example_offset,
         with_nll=True,
+        with_grad=True,
         column_sums=column_sums,
         out=out,
     )

@@ -78,8 +78,8 @@ def _gaussian_kernel(
     logvar: Rows,  # float32 [K, B, D]
     x: Rows,  # [K, B, D] of type x_kind
     x_kind: int,
-    weight: Rows,  # float32 [K, B], or address 0: no gradient
-    dmu: Rows,  # float32 [K, B, D], may be `mu`
+    weight: Rows,  # float32 [K, B], or address 0: 1 / (K * B) each
+    dmu: Rows,  # float32 [K, B, D], may be `mu`, or address 0: no gradients
     dlogvar: Rows,  # float32 [K, B, D], may be `logvar`, or address 0: not wanted per element
     nll: int,  # float32 [K * B, tiles across], or 0
     mu_sums: int,  # float64 [tiles down, D], or 0
@@ -103,7 +103,7 @@ def _gaussian_kernel(
             x_row = row_address(x, k, b)
             dmu_row = row_address(dmu, k, b)
             dlogvar_row = row_address(dlogvar, k, b)
-            w = ZERO
+            w = np.float32(1.0 / (K * B))
             if weight[0] != 0:
                 w = f32_at(row_address(weight, k, b))[0]
             total = 0.0
@@ -112,7 +112,7 @@ def _gaussian_kernel(
                 count = min(PIECE, end - d)
                 x_here = piece_at(x_row, x_kind, d, count, x_piece)
                 m, v = f32_at(mu_row + 4 * d), f32_at(logvar_row + 4 * d)
-                if weight[0] == 0:
+                if dmu[0] == 0:
                     total += _nll_piece(m, v, x_here, count)
                 else:
                     to_mu = f32_at(dmu_row + 4 * d) if direct else dmu_piece
@@ -143,10 +143,14 @@ def _launch(
     weight: Tensor | None,
     *,
     with_nll: bool,
+    with_grad: bool,
     column_sums: bool = False,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
-    """(nll, weight * d nll / d mu, weight * d nll / d logvar, their column sums), each if asked for."""
+    """(nll, weight * d nll / d mu, weight * d nll / d logvar, their column sums), each if asked for.
+
+    Without weights the gradients are those of the mean.
+    """
     grid = plan(mu.shape)
     shared = logvar.shape != mu.shape
     # expanded over the rows, a log-variance per feature costs nothing; a scalar becomes one per feature
@@ -160,6 +164,7 @@ def _launch(
     weight_rows, dmu_rows, dlogvar_rows = NO_ROWS, NO_ROWS, NO_ROWS
     if weight is not None:
         weight, weight_rows = scalars_of(weight)
+    if with_grad:
         dmu = destination(out_mu, mu)
         dmu_rows = rows_of(dmu)
         if not shared:
@@ -195,14 +200,14 @@ def _launch(
 
 def gaussian_nll_fwd(mu: Tensor, logvar: Tensor, x: Tensor) -> Tensor:
     """nll `[...]` float32 for mu `[..., D]`, logvar `[..., D]`, `[D]` or `[]`, and x `[..., D]` of any data type."""
-    nll, _, _, _ = _launch(mu, logvar, x, None, with_nll=True)
+    nll, _, _, _ = _launch(mu, logvar, x, None, with_nll=True, with_grad=False)
     assert nll is not None
     return nll
 
 
 def gaussian_nll_bwd(dnll: Tensor, mu: Tensor, logvar: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """(dmu `[..., D]`, dlogvar of logvar's shape) for dnll `[...]`."""
-    _, dmu, dlogvar, _ = _launch(mu, logvar, x, dnll, with_nll=False)
+    _, dmu, dlogvar, _ = _launch(mu, logvar, x, dnll, with_nll=False, with_grad=True)
     assert dmu is not None
     assert dlogvar is not None
     return dmu, dlogvar
@@ -212,12 +217,17 @@ def gaussian_nll_with_grad(
     mu: Tensor,
     logvar: Tensor,
     x: Tensor,
-    row_weight: Tensor,
+    row_weight: Tensor | None,
     column_sums: bool,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """(nll, row_weight * dmu, row_weight * dlogvar, sums of both over the rows or None); `out` may be (mu, logvar)."""
-    nll, dmu, dlogvar, sums = _launch(mu, logvar, x, row_weight, with_nll=True, column_sums=column_sums, out=out)
+    """(nll, row_weight * dmu, row_weight * dlogvar, sums of both over the rows or None); `out` may be (mu, logvar).
+
+    `row_weight` `[...]` is 1 / rows where it is None.
+    """
+    nll, dmu, dlogvar, sums = _launch(
+        mu, logvar, x, row_weight, with_nll=True, with_grad=True, column_sums=column_sums, out=out
+    )
     assert nll is not None
     assert dmu is not None
     assert dlogvar is not None

@@ -109,6 +109,15 @@ def locate_rows(first, num_examples, ROWS: tl.constexpr, SAMPLES: tl.constexpr):
 
 
 @triton.jit
+def load_weight(weight_ptr, offset, num_rows, in_rows):
+    """The weights `[ROWS, 1]` at `offset`, or those of a mean over the rows; 0 for what is beyond the last row."""
+    if weight_ptr is None:
+        return tl.where(in_rows, tl.div_rn(1.0, num_rows.to(tl.float32)), 0.0)
+    else:
+        return tl.load(weight_ptr + offset, in_rows, other=0.0)
+
+
+@triton.jit
 def _sum_columns(partial_ptr, out_ptr, block, height, width, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.arange(0, HEIGHT)[None, :].to(tl.int64)
     col = block * WIDTH + tl.arange(0, WIDTH)[:, None]

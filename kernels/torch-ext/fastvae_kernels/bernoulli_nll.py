@@ -25,7 +25,7 @@ from ._data import as_bytes, binarize, unit_interval
 from ._layout import Rows, as_rows, device_guard, grid_1d, merge_rows, vector_width
 from ._math import exponential
 from ._philox import load_key
-from ._rows import column_walk, locate_rows, output_rows, row_walk, sum_partials, sums_layout
+from ._rows import column_walk, load_weight, locate_rows, output_rows, row_walk, sum_partials, sums_layout
 
 # a padded logit: with x = 0 it costs max(l, 0) - x l = 0 and e = 0, exactly, in every dtype
 _PADDING = tl.constexpr(-60000.0)
@@ -147,7 +147,7 @@ def _step(
 def _bernoulli_nll_kernel(
     logits_ptr,  # [K, B, D]
     x_ptr,  # [K, B, D]
-    weight_ptr,  # [K, B]; not read without the gradient
+    weight_ptr,  # [K, B], or None for 1 / num_rows each
     index_ptr,  # [B]: the row of x that belongs to example b; None for its own
     seed_ptr,  # [1], or None for the data as it is
     nll_ptr,  # [splits, K * B], or None without the loss
@@ -217,7 +217,7 @@ def _bernoulli_nll_kernel(
         weight = 0.0
         if dlogits_ptr is not None:
             dlogits_row = dlogits_ptr + (k * dlogits_stride_k + b * dlogits_stride_b) * WIDTH
-            weight = tl.load(weight_ptr + (k * weight_stride_k + b * weight_stride_b), in_rows, other=0.0)
+            weight = load_weight(weight_ptr, k * weight_stride_k + b * weight_stride_b, num_rows, in_rows)
         if SUMS:
             linear, e, dlogits = _step(
                 logits_row, x_row, dlogits_row, weight, split * COLS, D, in_rows, example, key_lo, key_hi,
@@ -351,7 +351,7 @@ def bernoulli_nll_bwd(
 def bernoulli_nll_with_grad(
     logits: Tensor,
     x: Tensor,
-    row_weight: Tensor,
+    row_weight: Tensor | None,
     binarize_seed: Tensor | None,
     example_offset: int,
     column_sums: bool | Tensor,
@@ -360,10 +360,10 @@ def bernoulli_nll_with_grad(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(nll, dlogits, column sums `[D]` float32 or None) in one pass: dlogits = row_weight * (sigmoid(logits) - x).
 
-    `row_weight` is float32 `[*leading]`; the column sums are those of dlogits over the rows, the gradient of the output
-    layer's bias. `out` takes dlogits, and may be `logits` itself. With a part of `ColumnSums` for the column sums,
-    partial sums go there, and nll is `[splits, *leading]`, for its `finish`. With `index` int64 `[B]` the data of
-    example b is row index[b] of x `[N, D]`.
+    `row_weight` is float32 `[*leading]`, or None for 1 / rows; the column sums are those of dlogits over the rows, the
+    gradient of the output layer's bias. `out` takes dlogits, and may be `logits` itself. With a part of `ColumnSums`
+    for the column sums, partial sums go there, and nll is `[splits, *leading]`, for its `finish`. With `index` int64
+    `[B]` the data of example b is row index[b] of x `[N, D]`.
     """
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
     if not logits.numel():

@@ -20,7 +20,7 @@ from torch import Tensor
 from ._data import as_bytes, unit_interval
 from ._layout import Rows, as_rows, device_guard, grid_1d, merge_rows, vector_width
 from ._math import exponential
-from ._rows import column_walk, locate_rows, output_rows, row_walk, sum_partials
+from ._rows import column_walk, load_weight, locate_rows, output_rows, row_walk, sum_partials
 
 _LOG_2_PI = tl.constexpr(1.8378770664093453)
 
@@ -83,7 +83,7 @@ def _gaussian_nll_kernel(
     mu_ptr,  # [K, B, D]
     logvar_ptr,  # [K, B, D]; strides of 0 where it is shared
     x_ptr,  # [K, B, D]
-    weight_ptr,  # [K, B], or None without gradients
+    weight_ptr,  # [K, B], or None for 1 / num_rows each
     nll_ptr,  # [splits, K * B], or None without the loss
     dmu_ptr,  # [K, B, D], or None without gradients
     dlogvar_ptr,  # [K, B, D], or None without its gradient or if it is shared
@@ -142,7 +142,7 @@ def _gaussian_nll_kernel(
         dlogvar_row = None
         weight = 0.0
         if dmu_ptr is not None:
-            weight = tl.load(weight_ptr + (k * weight_stride_k + b * weight_stride_b), in_rows, other=0.0)
+            weight = load_weight(weight_ptr, k * weight_stride_k + b * weight_stride_b, num_rows, in_rows)
             dmu_row = dmu_ptr + (k * dmu_stride_k + b * dmu_stride_b) * WIDTH
         if dlogvar_ptr is not None:
             dlogvar_row = dlogvar_ptr + (k * dlogvar_stride_k + b * dlogvar_stride_b) * WIDTH
@@ -274,7 +274,14 @@ def gaussian_nll_fwd(mu: Tensor, logvar: Tensor, x: Tensor) -> Tensor:
 
 
 def _gradients(
-    weight: Tensor, mu: Tensor, logvar: Tensor, x: Tensor, out: tuple[Tensor, Tensor] | None, *, loss: bool, sums: bool
+    weight: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor,
+    x: Tensor,
+    out: tuple[Tensor, Tensor] | None,
+    *,
+    loss: bool,
+    sums: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     """(nll, dmu, dlogvar, sums of both); a shared dlogvar is a sum over the rows, in the shape and dtype of logvar."""
     if out is not None:
@@ -299,14 +306,15 @@ def gaussian_nll_with_grad(
     mu: Tensor,
     logvar: Tensor,
     x: Tensor,
-    row_weight: Tensor,
+    row_weight: Tensor | None,
     column_sums: bool,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """(nll, dmu, dlogvar, column sums of dmu and dlogvar `[D]` float32 or None) in one pass over mu, logvar and x.
 
-    dmu and dlogvar are the gradients of sum_r row_weight_r nll_r, `row_weight` float32 `[*leading]`. `out` takes them,
-    in any strides, and may be mu and logvar themselves. `column_sums` needs a logvar in the shape of mu.
+    dmu and dlogvar are the gradients of sum_r row_weight_r nll_r, `row_weight` float32 `[*leading]`, or None for
+    1 / rows. `out` takes them, in any strides, and may be mu and logvar themselves. `column_sums` needs a logvar in the
+    shape of mu.
     """
     nll, dmu, dlogvar, sums = _gradients(row_weight, mu, logvar, x, out, loss=True, sums=column_sums)
     assert nll is not None
