@@ -145,8 +145,8 @@ def _modes(forward: int, backward: int) -> dict[str, int | None]:
 
 
 def _reparameterize_bytes(case: Case, t: Sequence[Tensor]) -> dict[str, int | None]:
-    # mu, logvar -> z; dz, logvar -> dmu, dlogvar
-    return _modes(3 * _size(t[0]), 4 * _size(t[0]))
+    # mu, logvar -> z; dz, logvar -> dlogvar, as dmu is dz
+    return _modes(3 * _size(t[0]), 3 * _size(t[0]))
 
 
 def _kl_bytes(case: Case, t: Sequence[Tensor]) -> dict[str, int | None]:

@@ -60,7 +60,8 @@ class Reparameterize(Function):
             dmu, dlogvar = reference_grads(op, (mu, logvar), (dz,))
         else:
             dmu, dlogvar = ctx.kernels.reparameterize_bwd(dz, logvar, seed, *ctx.where)
-        return None, dmu, dlogvar, None, None, None, None, None
+            dmu = dz if num_samples is None else dmu
+        return None, dmu, dlogvar, None, None
 
 
 class KLStandardNormal(Function):

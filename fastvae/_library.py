@@ -69,10 +69,13 @@ reparameterize_fwd = _operator(
     "SymInt sample_offset, int stream) -> Tensor",
     lambda mu, logvar, seed, num_samples, *_: _samples(mu, num_samples),
 )
-reparameterize_bwd = _operator(
+_reparameterize_bwd = _operator(
     "reparameterize_bwd(Tensor dz, Tensor logvar, Tensor seed, SymInt? num_samples, SymInt example_offset, "
     "SymInt sample_offset, int stream) -> (Tensor, Tensor)",
-    lambda dz, logvar, *_: (_like(logvar), _like(logvar)),
+    lambda dz, logvar, seed, num_samples, *_: (
+        _like(logvar) if num_samples is not None else logvar.new_empty((0,), dtype=torch.float32),
+        _like(logvar),
+    ),
 )
 kl_standard_normal_fwd = _operator(
     "kl_standard_normal_fwd(Tensor mu, Tensor logvar) -> Tensor", lambda mu, logvar: _loss(mu)
@@ -158,6 +161,11 @@ _gaussian_nll_with_grad = _operator(
         *[_or_empty(column_sums, mu, mu.shape[-1]) for _ in range(2)],
     ),
 )
+
+
+def reparameterize_bwd(*args: Any) -> tuple[Tensor | None, Tensor]:
+    dmu, dlogvar = _reparameterize_bwd(*args)
+    return None if args[3] is None else dmu, dlogvar
 
 
 def reparameterize_kl_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor | None]:

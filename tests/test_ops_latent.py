@@ -63,8 +63,14 @@ def _reparameterize(num_samples: int | None) -> Op:
         2,
         lambda seed, mu, logvar: reference.reparameterize(mu, logvar, seed, **keywords),
         lambda kernels, seed, mu, logvar: kernels.reparameterize_fwd(mu, logvar, seed, *arguments),
-        lambda kernels, seed, up, mu, logvar: kernels.reparameterize_bwd(up[0], logvar, seed, *arguments),
+        lambda kernels, seed, up, mu, logvar: _gradients(
+            up[0], *kernels.reparameterize_bwd(up[0], logvar, seed, *arguments)
+        ),
     )
+
+
+def _gradients(dz: Tensor, dmu: Tensor | None, dlogvar: Tensor) -> tuple[Tensor, Tensor]:
+    return dz if dmu is None else dmu, dlogvar
 
 
 def _log_ratio(num_samples: int, sticking: bool) -> Op:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._jit import kernel, loop
+from ._jit import kernel, loop, term
 from ._layout import NO_ROWS, PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
 from ._math import HALF, ZERO, exp
 from ._philox import MAX_NORMALS, draw_rows, slots_per_draw
@@ -33,6 +33,12 @@ __all__ = ["draw_samples", "samples_backward"]
 _NS_PER_ELEMENT = 2.2
 # samples whose gradients are added up in float32, before they join a sum in float64
 FLUSH = 32
+
+
+@term
+def _one_piece(rows: Rows, K: int, B: int, L: int) -> bool:
+    """Whether the rows follow each other in memory."""
+    return rows[2] == 4 * L and (K == 1 or rows[1] == 4 * L * B)
 
 
 @loop
@@ -125,6 +131,9 @@ def _fwd_kernel(
 ) -> None:
     eps, sigma = f32_scratch(MAX_NORMALS), f32_scratch(512)
     slots = slots_per_draw(width)
+    # short rows that follow each other are one, as are their normals, where nothing is summed over a row
+    joined = samples == 1 and ratio == 0 and across == 1 and L % 4 == 0
+    joined = joined and _one_piece(mu, K, B, L) and _one_piece(logvar, K, B, L)
     for tile in range(first_tile, last_tile):
         block, part = tile // across, tile % across
         end = min(L, (part + 1) * width)
@@ -150,17 +159,18 @@ def _fwd_kernel(
                     sample_offset,
                     samples_are_examples,
                 )
-                for i in range(drawn):
+                step = drawn if joined else 1
+                for i in range(0, drawn, step):
                     k, b = row // B, row % B
                     mu_piece = f32_at(row_address(mu, k, b) + 4 * d)
                     logvar_piece = f32_at(row_address(logvar, k, b) + 4 * d)
                     eps_piece = shifted(eps, i * ((count + 3) // 4 * 4))
                     z_row = sample * (K * B) + row
                     if i == 0 or sample == 0:
-                        _sigma_piece(logvar_piece, sigma, count)
+                        _sigma_piece(logvar_piece, sigma, step * count)
                     z_piece = f32_at(z + 4 * (z_row * L + d))
                     if ratio == 0:
-                        _z_piece(mu_piece, sigma, eps_piece, z_piece, count)
+                        _z_piece(mu_piece, sigma, eps_piece, z_piece, step * count)
                     else:
                         total += _z_and_ratio_piece(mu_piece, logvar_piece, sigma, eps_piece, z_piece, count)
                     if d + count == end:
@@ -169,7 +179,7 @@ def _fwd_kernel(
                             total = 0.0
                         sample += 1
                         if sample == samples:
-                            row, sample = row + 1, 0
+                            row, sample = row + step, 0
 
 
 @kernel
@@ -181,7 +191,7 @@ def _bwd_kernel(
     sticking_the_landing: int,
     mu: Rows,  # float32 [K, B, L], not read without dr
     logvar: Rows,
-    dmu: Rows,
+    dmu: Rows,  # address 0: not wanted
     dlogvar: Rows,
     seed: int,  # int64 [1]
     samples: int,
@@ -199,9 +209,14 @@ def _bwd_kernel(
     eps, sigma, zeros = f32_scratch(MAX_NORMALS), f32_scratch(512), f32_scratch(512)
     mu_sum, logvar_sum = f32_scratch(512), f32_scratch(512)
     mu_total, logvar_total = f64_scratch(512), f64_scratch(512)
-    for d in range(PIECE):
-        zeros[d], mu_total[d], logvar_total[d] = ZERO, 0.0, 0.0
+    if samples > FLUSH or dz[0] == 0:
+        for d in range(PIECE):
+            zeros[d], mu_total[d], logvar_total[d] = ZERO, 0.0, 0.0
     slots = slots_per_draw(width)
+    # as in the forward
+    joined = samples == 1 and dr[0] == 0 and across == 1 and L % 4 == 0 and _one_piece(dz, K, B, L)
+    joined = joined and _one_piece(logvar, K, B, L) and _one_piece(dlogvar, K, B, L)
+    joined = joined and (dmu[0] == 0 or _one_piece(dmu, K, B, L))
     for tile in range(first_tile, last_tile):
         block, part = tile // across, tile % across
         end = min(L, (part + 1) * width)
@@ -226,19 +241,20 @@ def _bwd_kernel(
                     sample_offset,
                     samples_are_examples,
                 )
-                for i in range(drawn):
+                step = drawn if joined else 1
+                for i in range(0, drawn, step):
                     k, b = row // B, row % B
                     mu_piece = f32_at(row_address(mu, k, b) + 4 * d)
                     eps_piece = shifted(eps, i * ((count + 3) // 4 * 4))
                     if i == 0 or sample == 0:
-                        _sigma_piece(f32_at(row_address(logvar, k, b) + 4 * d), sigma, count)
+                        _sigma_piece(f32_at(row_address(logvar, k, b) + 4 * d), sigma, step * count)
                     if sample == 0:
-                        _clear(mu_sum, count)
-                        _clear(logvar_sum, count)
+                        _clear(mu_sum, step * count)
+                        _clear(logvar_sum, step * count)
                     at = sample * K + k
                     dz_piece = zeros if dz[0] == 0 else f32_at(row_address(dz, at, b) + 4 * d)
                     if dr[0] == 0:
-                        _add_grad(dz_piece, sigma, eps_piece, mu_sum, logvar_sum, count)
+                        _add_grad(dz_piece, sigma, eps_piece, mu_sum, logvar_sum, step * count)
                     else:
                         dr_row = f32_at(row_address(dr, at, b))[0]
                         if sticking_the_landing:
@@ -255,9 +271,10 @@ def _bwd_kernel(
                         if samples > FLUSH:
                             _round(mu_total, mu_sum, count)
                             _round(logvar_total, logvar_sum, count)
-                        store_piece(mu_sum, f32_at(row_address(dmu, k, b) + 4 * d), count)
-                        store_piece(logvar_sum, f32_at(row_address(dlogvar, k, b) + 4 * d), count)
-                        row, sample = row + 1, 0
+                        if dmu[0] != 0:
+                            store_piece(mu_sum, f32_at(row_address(dmu, k, b) + 4 * d), step * count)
+                        store_piece(logvar_sum, f32_at(row_address(dlogvar, k, b) + 4 * d), step * count)
+                        row, sample = row + step, 0
 
 
 def draw_samples(
@@ -308,12 +325,14 @@ def samples_backward(
     example_offset: int,
     sample_offset: int,
     stream: int,
+    *,
+    with_dmu: bool = True,
     out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(dmu, dlogvar) `[..., L]` for dz and dr of each sample; `mu` matters with dr alone."""
+) -> tuple[Tensor | None, Tensor]:
+    """(dmu if it is wanted, dlogvar) `[..., L]` for dz and dr of each sample; `mu` matters with dr alone."""
     samples = 1 if num_samples is None else num_samples
     grid = plan(logvar.shape, samples)
-    dz_rows, dr_rows, mu_rows = NO_ROWS, NO_ROWS, NO_ROWS
+    dz_rows, dr_rows, mu_rows, dmu_rows = NO_ROWS, NO_ROWS, NO_ROWS, NO_ROWS
     samples_are_examples = num_samples is not None and logvar.ndim == 1
     if dz is not None:
         dz = walkable(dz.unsqueeze(-2) if samples_are_examples else dz)
@@ -324,7 +343,11 @@ def samples_backward(
         mu_rows = rows_of(mu)
     logvar = walkable(logvar)
     out_mu, out_logvar = out or (None, None)
-    dmu, dlogvar = destination(out_mu, logvar), destination(out_logvar, logvar)
+    dlogvar = destination(out_logvar, logvar)
+    dmu = None
+    if with_dmu:
+        dmu = destination(out_mu, logvar)
+        dmu_rows = rows_of(dmu)
     run(
         _bwd_kernel,
         grid,
@@ -334,7 +357,7 @@ def samples_backward(
         int(sticking_the_landing),
         mu_rows,
         rows_of(logvar),
-        rows_of(dmu),
+        dmu_rows,
         rows_of(dlogvar),
         seed.data_ptr(),
         samples,
@@ -344,4 +367,4 @@ def samples_backward(
         stream,
         int(samples_are_examples),
     )
-    return deliver(dmu, out_mu), deliver(dlogvar, out_logvar)
+    return None if dmu is None else deliver(dmu, out_mu), deliver(dlogvar, out_logvar)

@@ -33,6 +33,21 @@ def reparameterize_bwd(
     example_offset: int,
     sample_offset: int,
     stream: int,
-) -> tuple[Tensor, Tensor]:
-    """(dmu, dlogvar) `[..., L]`, summed over the samples, for dz of the shape of z."""
-    return samples_backward(dz, None, None, logvar, seed, num_samples, False, example_offset, sample_offset, stream)
+) -> tuple[Tensor | None, Tensor]:
+    """(dmu, dlogvar) `[..., L]`, summed over the samples, for dz of the shape of z; dmu is None where it is dz.
+
+    So it is for `num_samples` None, of which nothing is summed.
+    """
+    return samples_backward(
+        dz,
+        None,
+        None,
+        logvar,
+        seed,
+        num_samples,
+        False,
+        example_offset,
+        sample_offset,
+        stream,
+        with_dmu=num_samples is not None,
+    )

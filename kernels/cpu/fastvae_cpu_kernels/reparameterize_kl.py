@@ -204,7 +204,9 @@ def reparameterize_kl_bwd(
         dkl = mu.new_zeros(()).expand(mu.shape[:-1]) if dkl is None else dkl
         return kl_standard_normal_bwd(dkl, mu, logvar, out)
     if dkl is None:
-        return samples_backward(dz, None, None, logvar, seed, None, False, example_offset, 0, stream, out)
+        dmu, dlogvar = samples_backward(dz, None, None, logvar, seed, None, False, example_offset, 0, stream, out=out)
+        assert dmu is not None
+        return dmu, dlogvar
     grid = plan(mu.shape)
     dz, mu, logvar = walkable(dz), walkable(mu), walkable(logvar)
     dkl, dkl_rows = scalars_of(dkl)

@@ -37,7 +37,7 @@ def reparameterize_log_ratio_bwd(
     sample_offset: int,
 ) -> tuple[Tensor, Tensor]:
     """(dmu, dlogvar) `[..., L]`, summed over the samples; None for an upstream gradient is zero."""
-    return samples_backward(
+    dmu, dlogvar = samples_backward(
         dz,
         dlog_ratio,
         mu,
@@ -49,3 +49,5 @@ def reparameterize_log_ratio_bwd(
         sample_offset,
         STREAM_NOISE,
     )
+    assert dmu is not None
+    return dmu, dlogvar

@@ -82,7 +82,7 @@ def _reparameterize_bwd_kernel(
     dz_ptr,  # [K, S, B, L]
     logvar_ptr,  # [S, B, L]
     seed_ptr,  # [1]
-    dmu_ptr,  # [chunks, S * B, L], contiguous
+    dmu_ptr,  # [chunks, S * B, L], contiguous; None where dmu is dz
     dlogvar_ptr,  # [chunks, S * B, L], contiguous
     num_rows,
     num_examples,
@@ -130,7 +130,8 @@ def _reparameterize_bwd_kernel(
         dsigma = tl.fma(dz, eps, dsigma)
     dlogvar = 0.5 * exp_half(logvar, PRECISE) * dsigma
     out_row = row + tl.cast(chunk, tl.int64) * num_rows
-    store_tile(row_pointer(dmu_ptr, 0, out_row, 0, num_elements, W), col, 1, dmu, mask)
+    if dmu_ptr is not None:
+        store_tile(row_pointer(dmu_ptr, 0, out_row, 0, num_elements, W), col, 1, dmu, mask)
     store_tile(row_pointer(dlogvar_ptr, 0, out_row, 0, num_elements, W), col, 1, dlogvar, mask)
 
 
@@ -225,10 +226,14 @@ def reparameterize_bwd(
     example_offset: int,
     sample_offset: int,
     stream: int,
-) -> tuple[Tensor, Tensor]:
-    """(dmu, dlogvar) in the dtype of logvar, contiguous, summed over the K draws."""
+) -> tuple[Tensor | None, Tensor]:
+    """(dmu, dlogvar) in the dtype of logvar, contiguous, summed over the K draws; dmu is None where it is dz.
+
+    So it is for `num_samples` None, of which nothing is summed.
+    """
+    with_dmu = num_samples is not None
     if not dz.numel():
-        return logvar.new_zeros(logvar.shape), logvar.new_zeros(logvar.shape)
+        return logvar.new_zeros(logvar.shape) if with_dmu else None, logvar.new_zeros(logvar.shape)
     L = logvar.shape[-1]
     draws = draws_of(logvar.shape, num_samples)
     logvar_rows = as_rows(logvar)
@@ -238,7 +243,8 @@ def reparameterize_bwd(
     chunks, draws_per_chunk = draw_chunks(draws.num_draws, plan, least=32)
     # gradients of the parts are added in float32
     dtype = logvar.dtype if chunks == 1 else torch.float32
-    dmu, dlogvar = (torch.empty(chunks, *logvar.shape, dtype=dtype, device=logvar.device) for _ in range(2))
+    dlogvar = logvar.new_empty((chunks, *logvar.shape), dtype=dtype)
+    dmu = torch.empty_like(dlogvar) if with_dmu else None
     with device_guard(logvar):
         _reparameterize_bwd_kernel[grid_1d(plan.groups, plan.splits, chunks)](
             dz_rows.tensor,
@@ -266,7 +272,7 @@ def reparameterize_bwd(
             ROWS=plan.rows,
             COLS=plan.cols,
         )
-    return sum_chunks(dmu, dlogvar, logvar.dtype)
+    return (None, dlogvar[0]) if dmu is None else sum_chunks(dmu, dlogvar, logvar.dtype)
 
 
 def sum_chunks(dmu: Tensor, dlogvar: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
