@@ -16,26 +16,34 @@ def shapes(**tensors: Tensor) -> str:
 def predictions(**tensors: Tensor) -> list[Tensor]:
     """Floating-point tensors of one device, with at least the event dimension, in their common dtype."""
     values = list(tensors.values())
-    first = values[0]
-    if not all(t.is_floating_point() and t.device == first.device for t in values) or first.ndim == 0:
+    first, *others = values
+    fits, mixed = first.is_floating_point() and first.ndim > 0, False
+    # loops, here and below, as generators cost a microsecond of each call
+    for t in others:
+        fits = fits and t.device == first.device
+        if t.dtype != first.dtype:
+            fits, mixed = fits and t.is_floating_point(), True
+    if not fits:
         raise ValueError(
             f"expected floating-point tensors on one device with the event as last dimension, got {shapes(**tensors)}"
         )
-    if all(t.dtype == first.dtype for t in values):
+    if not mixed:
         return values
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in values))
     return [t.to(dtype) for t in values]
 
 
-def broadcast(**tensors: Tensor) -> list[Tensor]:
-    values = list(tensors.values())
+def parameters(**tensors: Tensor) -> list[Tensor]:
+    """`predictions` broadcast to one shape."""
+    values = predictions(**tensors)
     shape = values[0].shape
-    if all(t.shape == shape for t in values):
-        return values
-    try:
-        return list(torch.broadcast_tensors(*values))
-    except RuntimeError:
-        raise ValueError(f"these shapes do not broadcast: {shapes(**tensors)}") from None
+    for t in values[1:]:
+        if t.shape != shape:
+            try:
+                return list(torch.broadcast_tensors(*values))
+            except RuntimeError:
+                raise ValueError(f"these shapes do not broadcast: {shapes(**tensors)}") from None
+    return values
 
 
 def data_like(x: Tensor, prediction: Tensor) -> Tensor:

@@ -27,11 +27,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastvae import _autograd, _linear, _linear_nll, _one_pass, reference
 from fastvae._checks import (
-    broadcast,
     check_num_samples,
     check_seed,
     data_like,
     draw_seed,
+    parameters,
     predictions,
     row_weights,
     shapes,
@@ -86,19 +86,20 @@ def kernel_package(device_type: str) -> tuple[Any, str]:
     return _load(backend)
 
 
-def choose_backend(op: str, *tensors: Tensor | None) -> tuple[Any, str]:
+def choose_backend(op: str, *tensors: Tensor) -> tuple[Any, str]:
     """The module whose kernels run `op` on these tensors, or None for the reference; and the reason in words."""
-    given = [t for t in tensors if t is not None]
-    device_type = given[0].device.type
+    device_type = tensors[0].device.type
     package, reason = kernel_package(device_type)
     if package is None:
         return None, reason
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return None, "function transforms and forward-mode AD need the differentiable reference"
-    if refused := package.supports(op, *given):
+    if refused := package.supports(op, *tensors):
         return None, refused
-    numba = package.__name__ == "fastvae_cpu_kernels"
-    if any(isinstance(t, FakeTensor) for t in given) or (numba and torch.compiler.is_compiling()):
+    as_operators = package.__name__ == "fastvae_cpu_kernels" and torch.compiler.is_compiling()
+    for t in tensors:
+        as_operators = as_operators or isinstance(t, FakeTensor)
+    if as_operators:
         from fastvae import _library
 
         return _library, f"{package.__name__} as torch.library operators"
@@ -112,7 +113,7 @@ def _training_kernels(op: str, x: Tensor, *inputs: Tensor) -> Any:
     return _kernels(op, *inputs, x)
 
 
-def _kernels(op: str, *tensors: Tensor | None) -> Any:
+def _kernels(op: str, *tensors: Tensor) -> Any:
     return choose_backend(op, *tensors)[0]
 
 
@@ -147,13 +148,13 @@ def reparameterize(
 
     Source: Kingma & Welling 2013, Section 2.4.
     """
-    mu, logvar = broadcast(**dict(zip(("mu", "logvar"), predictions(mu=mu, logvar=logvar))))
+    mu, logvar = parameters(mu=mu, logvar=logvar)
     seed = draw_seed(seed, generator, mu.device)
     num_samples = None if num_samples is None else check_num_samples(num_samples)
     kernels = _kernels("reparameterize", mu, logvar)
     if kernels is not None:
-        return _autograd.Reparameterize.apply(
-            kernels, mu, logvar, seed, num_samples, example_offset, sample_offset, stream
+        return _autograd.apply(
+            _autograd.Reparameterize, kernels, mu, logvar, seed, (num_samples, example_offset, sample_offset, stream)
         )
     return reference.reparameterize(
         mu,
@@ -173,10 +174,10 @@ def kl_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
 
     Raises ValueError for a wrong dtype, device or shape. Source: Kingma & Welling 2013, Appendix B.
     """
-    mu, logvar = broadcast(**dict(zip(("mu", "logvar"), predictions(mu=mu, logvar=logvar))))
+    mu, logvar = parameters(mu=mu, logvar=logvar)
     kernels = _kernels("kl_standard_normal", mu, logvar)
     if kernels is not None:
-        return _autograd.KLStandardNormal.apply(kernels, mu, logvar)
+        return _autograd.apply(_autograd.KLStandardNormal, kernels, mu, logvar)
     return reference.kl_standard_normal(mu, logvar)
 
 
@@ -186,12 +187,10 @@ def kl_normal(mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logvar_p: Tensor) ->
     1/2 sum_l [(mu_q - mu_p)^2 exp(-logvar_p) + expm1(r) - r], r = logvar_q - logvar_p. All `[..., L]`, broadcast
     against each other -> `[...]` float32. Raises ValueError for a wrong dtype, device or shape.
     """
-    names = ("mu_q", "logvar_q", "mu_p", "logvar_p")
-    args = predictions(mu_q=mu_q, logvar_q=logvar_q, mu_p=mu_p, logvar_p=logvar_p)
-    args = broadcast(**dict(zip(names, args)))
+    args = parameters(mu_q=mu_q, logvar_q=logvar_q, mu_p=mu_p, logvar_p=logvar_p)
     kernels = _kernels("kl_normal", *args)
     if kernels is not None:
-        return _autograd.KLNormal.apply(kernels, *args)
+        return _autograd.apply(_autograd.KLNormal, kernels, *args)
     return reference.kl_normal(*args)
 
 
@@ -231,11 +230,11 @@ def _reparameterize_kl(
     stream: int,
     per_dim: bool,
 ) -> Any:
-    mu, logvar = broadcast(**dict(zip(("mu", "logvar"), predictions(mu=mu, logvar=logvar))))
+    mu, logvar = parameters(mu=mu, logvar=logvar)
     seed = draw_seed(seed, generator, mu.device)
     kernels = _kernels("reparameterize_kl", mu, logvar)
     if kernels is not None:
-        return _autograd.ReparameterizeKL.apply(kernels, mu, logvar, seed, example_offset, stream, per_dim)
+        return _autograd.apply(_autograd.ReparameterizeKL, kernels, mu, logvar, seed, example_offset, stream, per_dim)
     z, kl = reference.reparameterize_kl(mu, logvar, seed, example_offset=example_offset, stream=stream)
     if not per_dim:
         return z, kl
@@ -259,13 +258,21 @@ def reparameterize_log_ratio(
     With `sticking_the_landing` log q is differentiated through z alone (Roeder et al. 2017). Other arguments and errors
     as `reparameterize`. Source: Kingma & Welling 2013, equation 6; Burda et al. 2015, equation 8.
     """
-    mu, logvar = broadcast(**dict(zip(("mu", "logvar"), predictions(mu=mu, logvar=logvar))))
+    mu, logvar = parameters(mu=mu, logvar=logvar)
     seed = draw_seed(seed, generator, mu.device)
     num_samples = check_num_samples(num_samples)
     kernels = _kernels("reparameterize_log_ratio", mu, logvar)
     if kernels is not None:
-        return _autograd.ReparameterizeLogRatio.apply(
-            kernels, mu, logvar, seed, num_samples, sticking_the_landing, example_offset, sample_offset
+        return _autograd.apply(
+            _autograd.ReparameterizeLogRatio,
+            kernels,
+            mu,
+            logvar,
+            seed,
+            num_samples,
+            sticking_the_landing,
+            example_offset,
+            sample_offset,
         )
     return reference.reparameterize_log_ratio(
         mu,
@@ -302,7 +309,7 @@ def bernoulli_nll(logits: Tensor, x: Tensor, *, binarize_seed: Tensor | None = N
     # the kernels give no gradient for the data
     kernels = None if x.requires_grad else _kernels("bernoulli_nll", logits, x)
     if kernels is not None:
-        return _autograd.BernoulliNLL.apply(kernels, logits, x, seed, example_offset)
+        return _autograd.apply(_autograd.BernoulliNLL, kernels, logits, x, seed, example_offset)
     return reference.bernoulli_nll(logits, x, binarize_seed=seed, example_offset=example_offset)
 
 
@@ -325,7 +332,7 @@ def gaussian_nll(mu: Tensor, logvar: Tensor, x: Tensor) -> Tensor:
     mu, logvar, x = _gaussian_args(mu, logvar, x)
     kernels = None if x.requires_grad else _kernels("gaussian_nll", mu, logvar, x)
     if kernels is not None:
-        return _autograd.GaussianNLL.apply(kernels, mu, logvar, x)
+        return _autograd.apply(_autograd.GaussianNLL, kernels, mu, logvar, x)
     return reference.gaussian_nll(mu, logvar, x)
 
 
@@ -333,7 +340,7 @@ def _gaussian_args(mu: Tensor, logvar: Tensor, x: Tensor) -> tuple[Tensor, Tenso
     mu, logvar = predictions(mu=mu, logvar=logvar)
     # a shared log-variance keeps its shape: the kernels sum its gradient in the pass that makes it
     if not (logvar.ndim == 0 or (logvar.ndim == 1 and logvar.shape == mu.shape[-1:])):
-        mu, logvar = broadcast(mu=mu, logvar=logvar)
+        mu, logvar = parameters(mu=mu, logvar=logvar)
     return mu, logvar, data_like(x, mu)
 
 
@@ -356,7 +363,7 @@ def bernoulli_nll_loss(
     row_weight = row_weights(weight, logits.shape[:-1], logits)
     kernels = _training_kernels("bernoulli_nll", x, logits)
     if kernels is not None:
-        return _one_pass.BernoulliLoss.apply(kernels, logits, x, row_weight, seed, example_offset)
+        return _autograd.apply(_one_pass.BernoulliLoss, kernels, logits, x, row_weight, seed, example_offset)
     nll = bernoulli_nll(logits, x, binarize_seed=seed, example_offset=example_offset)
     return _one_pass.weighted_sum(nll, row_weight), nll.detach()
 
@@ -370,7 +377,7 @@ def gaussian_nll_loss(mu: Tensor, logvar: Tensor, x: Tensor, *, weight: Tensor |
     row_weight = row_weights(weight, mu.shape[:-1], mu)
     kernels = _training_kernels("gaussian_nll", x, mu, logvar)
     if kernels is not None:
-        return _one_pass.GaussianLoss.apply(kernels, mu, logvar, x, row_weight)
+        return _autograd.apply(_one_pass.GaussianLoss, kernels, mu, logvar, x, row_weight)
     nll = gaussian_nll(mu, logvar, x)
     return _one_pass.weighted_sum(nll, row_weight), nll.detach()
 
@@ -403,7 +410,7 @@ def linear_bernoulli_nll_loss(
     seed = None if binarize_seed is None else check_seed(binarize_seed, h.device)
     x = data_like(x, h.new_empty(()).expand(*h.shape[:-1], weight.shape[0]))
     row_weight = row_weights(row_weight, h.shape[:-1], h)
-    return _one_pass.LinearBernoulliLoss.apply(kernels, h, weight, bias, x, row_weight, seed, example_offset)
+    return _autograd.apply(_one_pass.LinearBernoulliLoss, kernels, h, weight, bias, x, row_weight, seed, example_offset)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
@@ -419,13 +426,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "no
     if activation not in ("none", "relu", "tanh"):
         raise ValueError(f"activation is {activation!r}, expected none, relu or tanh")
     kernels = None
-    fits = bias is not None and bias.shape == weight.shape[:1]
-    if fits and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type):
+    plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
+    if plain and bias is not None and bias.shape == weight.shape[:1]:
         kernels = _kernels("linear", x, weight, bias)
     if bias is None or not hasattr(kernels, "linear_fwd"):
         return _linear.exact_linear(x, weight, bias, activation)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias)):
-        return _linear.Linear.apply(kernels, x, weight, bias, activation)
+        return _autograd.apply(_linear.Linear, kernels, x, weight, bias, activation)
     return _linear.linear(kernels, x, weight, bias, activation)
 
 
@@ -500,7 +507,7 @@ def _linear_nll_of(
     # a row per (sample, example): the data of [B, D] is every sample's, by a stride of 0
     h, x = (t.unsqueeze(0) if t.ndim == 2 else t.flatten(0, -3) for t in (h, x))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (h, weight, bias)):
-        nll = _linear_nll.LinearNLL.apply(likelihood, h, weight, bias, x)
+        nll = _autograd.apply(_linear_nll.LinearNLL, likelihood, h, weight, bias, x)
     else:
         nll = _linear_nll.forward(likelihood, h, weight, bias, x)
     return nll.reshape(leading)
