@@ -6,10 +6,12 @@ it calls into (`_math.py`) would go unseen, so the name of every kernel carries 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import hashlib
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -176,14 +178,27 @@ def _define_callees(function: Callable[..., Any]) -> None:
             _define(value)
 
 
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A compiler makes objects by the million and keeps them: looking for garbage is a fifth of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def kernel(function: F) -> F:
     """An entry point: takes addresses and sizes as integers, runs without the GIL, is compiled once per machine."""
     dispatcher = _stored(function, **_KERNEL)
     compile_or_load = dispatcher.compile
 
     def compile_with_callees(signature: Any) -> Any:
-        _define_callees(function)
-        return compile_or_load(signature)
+        with _no_garbage_collection():
+            _define_callees(function)
+            return compile_or_load(signature)
 
     dispatcher.compile = compile_with_callees
     entry: F = dispatcher
