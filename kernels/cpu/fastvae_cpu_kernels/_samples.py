@@ -30,7 +30,7 @@ from ._threads import run
 
 __all__ = ["draw_samples", "samples_backward"]
 
-_NS_PER_ELEMENT = 2.2
+_NS_PER_ELEMENT = 0.8
 # samples whose gradients are added up in float32, before they join a sum in float64
 FLUSH = 32
 

@@ -31,7 +31,7 @@ from ._region import Job, region_of
 __all__ = ["run", "team", "worth_sharing"]
 
 # sharing takes 10 to 15 microseconds: less work than this is done sooner alone
-_WORTH_SHARING_NS = 40_000
+_WORTH_SHARING_NS = 30_000
 _CHUNKS_PER_THREAD = 4
 # a shared call pays if it takes at most this part of the time of the caller alone
 _PAYS, _LONGEST_PAUSE = 0.9, 512

@@ -21,7 +21,7 @@ from ._threads import run
 
 __all__ = ["gather_batch"]
 
-_NS_PER_ELEMENT, _NS_PER_DRAW = 0.3, 1.5
+_NS_PER_ELEMENT, _NS_PER_DRAW = 0.12, 0.5
 SCALE, BINARIZE, DEQUANTIZE = range(3)
 _TRANSFORMS = {"scale": SCALE, "binarize": BINARIZE, "dequantize": DEQUANTIZE}
 STREAM_DEQUANTIZE = 2

@@ -25,7 +25,7 @@ from ._threads import run
 
 __all__ = ["gaussian_nll_bwd", "gaussian_nll_fwd", "gaussian_nll_with_grad"]
 
-_NS_PER_ELEMENT = 0.8
+_NS_PER_ELEMENT = 0.3
 LOG_2PI = np.float32(math.log(2.0 * math.pi))
 
 

@@ -23,7 +23,7 @@ from ._threads import run
 
 __all__ = ["kl_normal_bwd", "kl_normal_fwd"]
 
-_NS_PER_ELEMENT = 1.2
+_NS_PER_ELEMENT = 0.55
 
 
 @loop

@@ -22,7 +22,7 @@ from ._threads import run
 
 __all__ = ["kl_standard_normal_bwd", "kl_standard_normal_fwd"]
 
-_NS_PER_ELEMENT = 0.6
+_NS_PER_ELEMENT = 0.3
 
 
 @loop

@@ -25,7 +25,7 @@ from .kl_standard_normal import kl_standard_normal_bwd
 
 __all__ = ["reparameterize_kl_bwd", "reparameterize_kl_fwd"]
 
-_NS_PER_ELEMENT = 2.5
+_NS_PER_ELEMENT = 0.85
 
 
 @loop
