@@ -109,6 +109,7 @@ EAGER: dict[str, Function] = {
     "linear_bernoulli_nll": _linear_bernoulli_nll,
     "linear_gaussian_nll": _linear_gaussian_nll,
     "linear_bernoulli_nll_loss": _after_linear(_bernoulli_nll),
+    "linear_gaussian_nll_loss": _mean(_linear_gaussian_nll),
     "gather_batch": _gather,
     "gather_batch_binarize": _gather_binarize,
 }

@@ -117,7 +117,7 @@ def _hidden_layer(case: Case, device: str) -> list[Tensor]:
 def _samples_layer(case: Case, device: str) -> list[Tensor]:
     """Shape K x B x H x D: h `[K, B, H]`, weight and bias of D outputs (2 D for a Gaussian), data `[B, D]`."""
     *rows, width, elements = case.dims
-    outputs = elements * (2 if case.op == "linear_gaussian_nll" else 1)
+    outputs = elements * (2 if case.op.startswith("linear_gaussian") else 1)
     leaves = _leaves(case, device, (*rows, width), (outputs, width), (outputs,), scale=width**-0.25)
     return [*leaves, _data(case, device, rows[-1], elements)]
 
@@ -256,9 +256,9 @@ def _reference_linear_nll(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) ->
     return (reference.bernoulli_nll(torch.nn.functional.linear(h, weight, bias), x),)
 
 
-def _reference_linear_normal(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Results:
+def _reference_normal_layer(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     mu, logvar = torch.nn.functional.linear(h, weight, bias).chunk(2, dim=-1)
-    return (reference.gaussian_nll(mu, logvar, x),)
+    return reference.gaussian_nll(mu, logvar, x)
 
 
 def _seeded(function: Callable[..., Any]) -> Function:
@@ -309,8 +309,13 @@ OPS = {
     "gaussian_nll_loss": Op(_normal, _loss(F.gaussian_nll_loss), _mean(reference.gaussian_nll), _one_pass_bytes),
     "linear": Op(_hidden_layer, _relu_layer, _reference_layer, _products_bytes),
     "linear_bernoulli_nll_loss": Op(_layer, _loss(F.linear_bernoulli_nll_loss), _reference_linear, _linear_bytes),
+    "linear_gaussian_nll_loss": Op(
+        _samples_layer, _loss(F.linear_gaussian_nll_loss), _mean(_reference_normal_layer), _linear_bytes
+    ),
     "linear_bernoulli_nll": Op(_samples_layer, _one(F.linear_bernoulli_nll), _reference_linear_nll, _products_bytes),
-    "linear_gaussian_nll": Op(_samples_layer, _one(F.linear_gaussian_nll), _reference_linear_normal, _products_bytes),
+    "linear_gaussian_nll": Op(
+        _samples_layer, _one(F.linear_gaussian_nll), _one(_reference_normal_layer), _products_bytes
+    ),
     "gather_batch": Op(_data_set, _one(F.gather_batch), _one(reference.gather_batch), _gather_bytes),
     "gather_batch_binarize": Op(
         _data_set,
@@ -342,6 +347,7 @@ PIXEL_SHAPES = {
     "gaussian_nll": PIXELS,
     "gaussian_nll_loss": PIXELS,
     "linear_bernoulli_nll_loss": ("128x400x784", "4096x400x784"),
+    "linear_gaussian_nll_loss": ("128x400x784", "4096x400x784"),
     "linear_bernoulli_nll": ("50x20x200x784", "50x100x200x784"),
     "linear_gaussian_nll": ("50x20x200x784",),
 }

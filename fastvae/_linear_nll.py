@@ -56,8 +56,8 @@ class Bernoulli:
         nll: Tensor = self.kernels.bernoulli_nll_fwd(out, x, None, 0)
         return nll
 
-    def nll_and_grad(self, out: Tensor, x: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """nll, and row_weight * G in the place of `out`."""
+    def nll_and_grad(self, out: Tensor, x: Tensor, row_weight: Grad) -> tuple[Tensor, Tensor]:
+        """nll, and row_weight * G in the place of `out`; row_weight None is 1 / rows."""
         nll, grad, _ = self.kernels.bernoulli_nll_with_grad(out, x, row_weight, None, 0, False, out=out)
         return nll, grad
 
@@ -84,16 +84,17 @@ class Gaussian:
         nll: Tensor = self.kernels.gaussian_nll_fwd(*self.split(out), x)
         return nll
 
-    def nll_and_grad(self, out: Tensor, x: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """nll, and row_weight * G, in the place of `out` unless there is a floor."""
+    def nll_and_grad(self, out: Tensor, x: Tensor, row_weight: Grad) -> tuple[Tensor, Tensor]:
+        """nll, and row_weight * G in the place of `out`; row_weight None is 1 / rows."""
+        halves = out.chunk(2, dim=-1)
         mu, logvar = self.split(out)
-        nll, dmu, dlogvar, _ = self.kernels.gaussian_nll_with_grad(mu, logvar, x, row_weight, False, out=(mu, logvar))
-        if dmu is mu and dlogvar is logvar and self.floor is None:
-            return nll, out
-        if self.floor is not None:
-            # d logvar / d raw, from the raw half that is still as it was
-            dlogvar = dlogvar * torch.sigmoid(out.chunk(2, dim=-1)[1] - self.floor)
-        return nll, torch.cat((dmu, dlogvar), dim=-1)
+        # before the gradient overwrites the raw half
+        slope = None if self.floor is None else (halves[1] - self.floor).sigmoid_()
+        nll, dmu, draw, _ = self.kernels.gaussian_nll_with_grad(mu, logvar, x, row_weight, False, out=halves)
+        if slope is not None:
+            draw.mul_(slope)
+        # operators do not write in place
+        return nll, out if dmu is halves[0] else torch.cat((dmu, draw), dim=-1)
 
     def exact(self, out: Tensor, x: Tensor) -> Tensor:
         return reference.gaussian_nll(*self.split(out), x)

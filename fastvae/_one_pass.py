@@ -19,7 +19,8 @@ from torch.autograd import Function
 
 from fastvae import reference
 from fastvae._autograd import Grad, Kernels, reference_grads
-from fastvae._linear import linear, linear_grads
+from fastvae._linear import exact_linear, linear, linear_grads
+from fastvae._linear_nll import Gaussian
 
 
 def weighted_sum(nll: Tensor, row_weight: Grad) -> Tensor:
@@ -168,4 +169,34 @@ class LinearBernoulliLoss(_OnePass):
 
     @staticmethod
     def reference_loss(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Tensor:
-        return BernoulliLoss.reference_loss(ctx, torch.nn.functional.linear(h, weight, bias), *rest)
+        return BernoulliLoss.reference_loss(ctx, exact_linear(h, weight, bias), *rest)
+
+
+class LinearGaussianLoss(_OnePass):
+    """`GaussianLoss` of the two halves of `h @ weight.T + bias`, likewise; `likelihood` knows the floor of logvar."""
+
+    differentiable = 3
+
+    @staticmethod
+    def forward(
+        ctx: Any, likelihood: Gaussian, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, row_weight: Grad
+    ) -> tuple[Tensor, Tensor]:
+        ctx.kernels, ctx.likelihood = likelihood.kernels, likelihood
+        return LinearGaussianLoss.run(ctx, row_weight, h, weight, bias, x, row_weight)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, _: Grad) -> tuple[Any, ...]:
+        return None, *LinearGaussianLoss.gradients(ctx, dloss), None, None
+
+    @staticmethod
+    def grads(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        h, weight, bias, x, row_weight = inputs
+        nll, dout = ctx.likelihood.nll_and_grad(linear(ctx.kernels, h, weight, bias), x, row_weight)
+        dh, dweight = linear_grads(ctx.kernels, dout, h, weight)
+        assert dh is not None
+        assert dweight is not None
+        return nll, dh, dweight, dout.flatten(0, -2).sum(0)
+
+    @staticmethod
+    def reference_loss(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, row_weight: Grad) -> Tensor:
+        return weighted_sum(ctx.likelihood.exact(exact_linear(h, weight, bias), x), row_weight)

@@ -50,6 +50,7 @@ __all__ = [
     "linear_bernoulli_nll",
     "linear_bernoulli_nll_loss",
     "linear_gaussian_nll",
+    "linear_gaussian_nll_loss",
     "negative_elbo",
     "reparameterize",
     "reparameterize_kl",
@@ -413,6 +414,32 @@ def linear_bernoulli_nll_loss(
     return _autograd.apply(_one_pass.LinearBernoulliLoss, kernels, h, weight, bias, x, row_weight, seed, example_offset)
 
 
+def linear_gaussian_nll_loss(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x: Tensor,
+    *,
+    row_weight: Tensor | None = None,
+    logvar_floor: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`gaussian_nll_loss(mu, logvar, x)` of the two halves of `F.linear(h, weight, bias)`: layer and likelihood in one.
+
+    The gradient overwrites the one `[..., 2 D]` buffer there is. `weight [2 D, H]`, `bias [2 D]` and `logvar_floor` as
+    in `linear_gaussian_nll`, the rest as in `linear_bernoulli_nll_loss`.
+    """
+    _check_two_halves(h, weight, bias)
+    autocast = torch.is_autocast_enabled(h.device.type)
+    kernels = None if autocast else _training_kernels("gaussian_nll", x, h, weight, bias)
+    likelihood = _linear_nll.Gaussian(kernels, logvar_floor)
+    if kernels is None:
+        mu, logvar = likelihood.split(torch.nn.functional.linear(h, weight, bias))
+        return gaussian_nll_loss(mu, logvar, x, weight=row_weight)
+    x = data_like(x, h.new_empty(()).expand(*h.shape[:-1], weight.shape[0] // 2))
+    row_weight = row_weights(row_weight, h.shape[:-1], h)
+    return _autograd.apply(_one_pass.LinearGaussianLoss, likelihood, h, weight, bias, x, row_weight)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
     """activation(x W^T + b), by our own matrix products where there are faster ones: float32 on a CPU.
 
@@ -442,6 +469,12 @@ def _check_layer(h: Tensor, weight: Tensor, bias: Tensor) -> None:
         raise ValueError(
             "expected h [..., H], weight [D, H], bias [D] on one device, got " + shapes(h=h, weight=weight, bias=bias)
         )
+
+
+def _check_two_halves(h: Tensor, weight: Tensor, bias: Tensor) -> None:
+    _check_layer(h, weight, bias)
+    if len(bias) % 2:
+        raise ValueError(f"expected weight [2 D, H] and bias [2 D], means and log-variances, got {shapes(bias=bias)}")
 
 
 def linear_bernoulli_nll(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
@@ -476,9 +509,7 @@ def linear_gaussian_nll(
     logvar is raw, or `logvar_floor + softplus(raw - logvar_floor)`. `weight [2 D, H]`, `bias [2 D]`; otherwise as
     `linear_bernoulli_nll`.
     """
-    _check_layer(h, weight, bias)
-    if len(bias) % 2:
-        raise ValueError(f"expected weight [2 D, H] and bias [2 D], means and log-variances, got {shapes(bias=bias)}")
+    _check_two_halves(h, weight, bias)
     kernels = _layer_kernels("gaussian_nll", h, weight, bias, x)
     likelihood = _linear_nll.Gaussian(kernels, logvar_floor)
     if kernels is None:

@@ -34,11 +34,11 @@ class Likelihood(nn.Module):
         self, h: Tensor, layer: nn.Linear, x: Tensor, weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """`loss(layer(h), x, weight)`, fused with the output layer where there is a kernel for it."""
-        return self.loss(layer(h), x, weight)
+        return self.loss(F.linear(h, layer.weight, layer.bias), x, weight)
 
     def linear_nll(self, h: Tensor, layer: nn.Linear, x: Tensor) -> Tensor:
         """`nll(layer(h), x)`, fused with the output layer where there is a kernel for it."""
-        return self.nll(layer(h), x)
+        return self.nll(F.linear(h, layer.weight, layer.bias), x)
 
     def mean(self, params: Tensor) -> Tensor:
         """E[x|z] in [0, 1], `[..., D]`: what is drawn as a picture."""
@@ -134,6 +134,15 @@ class GaussianLikelihood(Likelihood):
 
     def loss(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return F.gaussian_nll_loss(*self.mean_and_logvar(params), x, weight=weight)
+
+    def linear_loss(
+        self, h: Tensor, layer: nn.Linear, x: Tensor, weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if self.raw_logvar is not None:
+            return super().linear_loss(h, layer, x, weight)
+        return F.linear_gaussian_nll_loss(
+            h, layer.weight, layer.bias, x, row_weight=weight, logvar_floor=self.logvar_floor
+        )
 
     def linear_nll(self, h: Tensor, layer: nn.Linear, x: Tensor) -> Tensor:
         if self.raw_logvar is not None:

@@ -34,6 +34,7 @@ SMALL = [
     Case("linear_bernoulli_nll_loss", "16x8x40", data="uint8"),
     Case("linear_bernoulli_nll", "3x16x8x40", data="uint8"),
     Case("linear_gaussian_nll", "3x16x8x40", data="float32"),
+    Case("linear_gaussian_nll_loss", "16x8x40", data="uint8"),
     Case("gather_batch", "16x40", data="uint8"),
     Case("gather_batch_binarize", "16x40", data="uint8"),
 ]

@@ -34,6 +34,9 @@ OPS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "gaussian_nll_loss": lambda m, v: F.gaussian_nll_loss(m, v, X8[: len(m)])[0],
     "linear_bernoulli_nll": lambda m, v: F.linear_bernoulli_nll(m, v.t() @ v, v[0], X8[: len(m)]),
     "linear_bernoulli_nll_loss": lambda m, v: F.linear_bernoulli_nll_loss(m, v.t() @ v, v[0], X8[: len(m)])[0],
+    "linear_gaussian_nll_loss": lambda m, v: F.linear_gaussian_nll_loss(
+        m, v.t() @ v, v[0], X8[: len(m), :6], logvar_floor=-1.0
+    )[0],
 }
 
 

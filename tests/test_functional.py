@@ -83,6 +83,7 @@ MANY_TENSORS: dict[str, tuple[Callable[..., object], list[tuple[int, ...]]]] = {
     "linear_bernoulli_nll": (F.linear_bernoulli_nll, [(2, 3), (4, 3), (4,), (2, 4)]),
     "linear_bernoulli_nll_loss": (F.linear_bernoulli_nll_loss, [(2, 3), (4, 3), (4,), (2, 4)]),
     "linear_gaussian_nll": (F.linear_gaussian_nll, [(2, 3), (8, 3), (8,), (2, 4)]),
+    "linear_gaussian_nll_loss": (F.linear_gaussian_nll_loss, [(2, 3), (8, 3), (8,), (2, 4)]),
     "gather_batch": (lambda x, i: F.gather_batch(x, i.long()), [(5, 3), (2,)]),
 }
 
@@ -250,6 +251,23 @@ class TestOnePassLosses:
         got, want = (torch.autograd.grad(3.0 * value, (h, weight, bias)) for value in (loss, expected))
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("floor", [None, -0.5])
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_gaussian_output_layer(self, weighted: bool, floor: float | None) -> None:
+        h, weight = torch.randn(2, 4, 9, requires_grad=True), torch.randn(66, 9, requires_grad=True)
+        bias, x = torch.randn(66, requires_grad=True), torch.rand(4, 33)
+        row_weight = self.weight if weighted else None
+        loss, nll = F.linear_gaussian_nll_loss(h, weight, bias, x, row_weight=row_weight, logvar_floor=floor)
+        mu, logvar = torch.nn.functional.linear(h, weight, bias).chunk(2, dim=-1)
+        if floor is not None:
+            logvar = floor + torch.nn.functional.softplus(logvar - floor)
+        reference_nll = reference.gaussian_nll(mu, logvar, x)
+        expected = (self.weight * reference_nll).sum() if weighted else reference_nll.mean()
+        torch.testing.assert_close(nll, reference_nll.detach())
+        torch.testing.assert_close(loss, expected)
+        got, want = (torch.autograd.grad(3.0 * value, (h, weight, bias)) for value in (loss, expected))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
     def test_a_second_backward_does_not_scale_twice(self) -> None:
         logits, x = torch.randn(4, 33, requires_grad=True), torch.rand(4, 33)
         h, weight, bias = torch.randn(4, 9, requires_grad=True), torch.randn(33, 9), torch.randn(33)
@@ -257,6 +275,7 @@ class TestOnePassLosses:
         for loss, leaf in (
             (F.bernoulli_nll_loss(logits, x)[0], logits),
             (F.linear_bernoulli_nll_loss(h, weight, bias, x)[0], h),
+            (F.linear_gaussian_nll_loss(h, weight[1:], bias[1:], x[:, :16], logvar_floor=-1.0)[0], h),
             (F.gaussian_nll_loss(mu, logvar, x)[0], mu),
         ):
             first, second = (torch.autograd.grad(5.0 * loss, leaf, retain_graph=True)[0].clone() for _ in range(2))
@@ -272,6 +291,13 @@ class TestOnePassLosses:
             (
                 F.linear_bernoulli_nll_loss(h, weight, bias, x)[0],
                 reference.bernoulli_nll(torch.nn.functional.linear(h, weight, bias), x).mean(),
+                (h, weight, bias),
+            ),
+            (
+                F.linear_gaussian_nll_loss(h, weight[1:], bias[1:], x[:, :16])[0],
+                reference.gaussian_nll(
+                    *torch.nn.functional.linear(h, weight[1:], bias[1:]).chunk(2, dim=-1), x[:, :16]
+                ).mean(),
                 (h, weight, bias),
             ),
         ]
