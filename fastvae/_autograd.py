@@ -207,15 +207,20 @@ class BernoulliNLL(Function):
 
 class GaussianNLL(Function):
     @staticmethod
-    def forward(ctx: Any, kernels: Kernels, mu: Tensor, logvar: Tensor, x: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, kernels: Kernels, mu: Tensor, logvar: Tensor, x: Tensor, logvar_floor: float | None
+    ) -> Tensor:
         ctx.save_for_backward(mu, logvar, x)
-        ctx.kernels = kernels
-        return kernels.gaussian_nll_fwd(mu, logvar, x)
+        ctx.kernels, ctx.logvar_floor = kernels, logvar_floor
+        return kernels.gaussian_nll_fwd(mu, logvar, x, logvar_floor)
 
     @staticmethod
     def backward(ctx: Any, dnll: Tensor) -> tuple[Any, ...]:
         mu, logvar, x = ctx.saved_tensors
         if torch.is_grad_enabled():
-            grads = reference_grads(lambda m, v: reference.gaussian_nll(m, v, x), (mu, logvar), (dnll,))
-            return None, *grads, None
-        return None, *ctx.kernels.gaussian_nll_bwd(dnll, mu, logvar, x), None
+
+            def op(mu: Tensor, logvar: Tensor) -> Tensor:
+                return reference.gaussian_nll(mu, logvar, x, logvar_floor=ctx.logvar_floor)
+
+            return None, *reference_grads(op, (mu, logvar), (dnll,)), None, None
+        return None, *ctx.kernels.gaussian_nll_bwd(dnll, mu, logvar, x, ctx.logvar_floor), None, None

@@ -114,11 +114,11 @@ linear_bernoulli_nll_fwd = _operator(
     "linear_bernoulli_nll_fwd(Tensor h, Tensor weight, Tensor bias, Tensor x) -> Tensor", lambda h, *_: _loss(h)
 )
 gaussian_nll_fwd = _operator(
-    "gaussian_nll_fwd(Tensor mu, Tensor logvar, Tensor x) -> Tensor", lambda mu, logvar, x: _loss(mu)
+    "gaussian_nll_fwd(Tensor mu, Tensor logvar, Tensor x, float? floor=None) -> Tensor", lambda mu, *_: _loss(mu)
 )
 gaussian_nll_bwd = _operator(
-    "gaussian_nll_bwd(Tensor dnll, Tensor mu, Tensor logvar, Tensor x) -> (Tensor, Tensor)",
-    lambda dnll, mu, logvar, x: (_like(mu), _like(logvar)),
+    "gaussian_nll_bwd(Tensor dnll, Tensor mu, Tensor logvar, Tensor x, float? floor=None) -> (Tensor, Tensor)",
+    lambda dnll, mu, logvar, *_: (_like(mu), _like(logvar)),
 )
 gather_batch = _operator(
     "gather_batch(Tensor data, Tensor index, str transform, Tensor? seed, SymInt example_offset, ScalarType dtype) "
@@ -152,9 +152,10 @@ _bernoulli_nll_with_grad = _operator(
     ),
 )
 _gaussian_nll_with_grad = _operator(
-    "gaussian_nll_with_grad(Tensor mu, Tensor logvar, Tensor x, Tensor? row_weight, bool column_sums) "
+    "gaussian_nll_with_grad(Tensor mu, Tensor logvar, Tensor x, Tensor? row_weight, bool column_sums, "
+    "float? floor=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda mu, logvar, x, row_weight, column_sums: (
+    lambda mu, logvar, x, row_weight, column_sums, floor=None: (
         _loss(mu),
         _like(mu),
         _like(logvar),
@@ -182,8 +183,8 @@ def bernoulli_nll_with_grad(*args: Any, out: Any = None) -> tuple[Tensor, Tensor
     return nll, dlogits, sums if args[-1] else None
 
 
-def gaussian_nll_with_grad(*args: Any, out: Any = None) -> tuple[Any, ...]:
-    nll, dmu, dlogvar, *sums = _gaussian_nll_with_grad(*args)
+def gaussian_nll_with_grad(*args: Any, out: Any = None, floor: float | None = None) -> tuple[Any, ...]:
+    nll, dmu, dlogvar, *sums = _gaussian_nll_with_grad(*args, floor)
     return nll, dmu, dlogvar, tuple(sums) if args[-1] else None
 
 

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn.functional import softplus
 
 from fastvae import reference
 from fastvae._autograd import Grad, Kernels, reference_grads
@@ -56,8 +55,8 @@ class Bernoulli:
         nll: Tensor = self.kernels.bernoulli_nll_fwd(out, x, None, 0)
         return nll
 
-    def nll_and_grad(self, out: Tensor, x: Tensor, row_weight: Grad) -> tuple[Tensor, Tensor]:
-        """nll, and row_weight * G in the place of `out`; row_weight None is 1 / rows."""
+    def nll_and_grad(self, out: Tensor, x: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """nll, and row_weight * G in the place of `out`."""
         nll, grad, _ = self.kernels.bernoulli_nll_with_grad(out, x, row_weight, None, 0, False, out=out)
         return nll, grad
 
@@ -67,7 +66,7 @@ class Bernoulli:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """The output is means and log-variances `[..., 2 D]`, the latter with a smooth floor, if any."""
+    """The output is means and log-variances `[..., 2 D]`, the latter raw if there is a floor."""
 
     kernels: Kernels
     floor: float | None
@@ -75,29 +74,28 @@ class Gaussian:
     def in_one_kernel(self, h: Tensor, weight: Tensor) -> bool:
         return False
 
-    def split(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        """(mu, logvar) `[..., D]`."""
-        mu, raw = out.chunk(2, dim=-1)
-        return mu, raw if self.floor is None else self.floor + softplus(raw - self.floor)
-
     def nll(self, out: Tensor, x: Tensor) -> Tensor:
-        nll: Tensor = self.kernels.gaussian_nll_fwd(*self.split(out), x)
+        nll: Tensor = self.kernels.gaussian_nll_fwd(*out.chunk(2, dim=-1), x, self.floor)
         return nll
 
-    def nll_and_grad(self, out: Tensor, x: Tensor, row_weight: Grad) -> tuple[Tensor, Tensor]:
-        """nll, and row_weight * G in the place of `out`; row_weight None is 1 / rows."""
+    def nll_and_grad(self, out: Tensor, x: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """nll, and row_weight * G in the place of `out`."""
+        nll, grad, _ = self.one_pass(out, x, row_weight, column_sums=False)
+        return nll, grad
+
+    def one_pass(self, out: Tensor, x: Tensor, row_weight: Grad, *, column_sums: bool) -> tuple[Tensor, Tensor, Grad]:
+        """The same and, if asked for, the sums of the gradient over the rows; row_weight None is 1 / rows."""
         halves = out.chunk(2, dim=-1)
-        mu, logvar = self.split(out)
-        # before the gradient overwrites the raw half
-        slope = None if self.floor is None else (halves[1] - self.floor).sigmoid_()
-        nll, dmu, draw, _ = self.kernels.gaussian_nll_with_grad(mu, logvar, x, row_weight, False, out=halves)
-        if slope is not None:
-            draw.mul_(slope)
+        nll, *grads, sums = self.kernels.gaussian_nll_with_grad(
+            *halves, x, row_weight, column_sums, out=halves, floor=self.floor
+        )
         # operators do not write in place
-        return nll, out if dmu is halves[0] else torch.cat((dmu, draw), dim=-1)
+        grad = out if grads[0] is halves[0] else torch.cat(grads, dim=-1)
+        return nll, grad, None if sums is None else torch.cat(sums)
 
     def exact(self, out: Tensor, x: Tensor) -> Tensor:
-        return reference.gaussian_nll(*self.split(out), x)
+        mu, logvar = out.chunk(2, dim=-1)
+        return reference.gaussian_nll(mu, logvar, x, logvar_floor=self.floor)
 
 
 Likelihood = Bernoulli | Gaussian

@@ -109,22 +109,28 @@ class GaussianLoss(_OnePass):
 
     @staticmethod
     def forward(
-        ctx: Any, kernels: Kernels, mu: Tensor, logvar: Tensor, x: Tensor, row_weight: Tensor
+        ctx: Any,
+        kernels: Kernels,
+        mu: Tensor,
+        logvar: Tensor,
+        x: Tensor,
+        row_weight: Grad,
+        logvar_floor: float | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.kernels = kernels
+        ctx.kernels, ctx.logvar_floor = kernels, logvar_floor
         return GaussianLoss.run(ctx, row_weight, mu, logvar, x, row_weight)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, _: Grad) -> tuple[Any, ...]:
-        return None, *GaussianLoss.gradients(ctx, dloss), None, None
+        return None, *GaussianLoss.gradients(ctx, dloss), None, None, None
 
     @staticmethod
     def grads(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        return ctx.kernels.gaussian_nll_with_grad(*inputs, False)[:3]
+        return ctx.kernels.gaussian_nll_with_grad(*inputs, False, floor=ctx.logvar_floor)[:3]
 
     @staticmethod
     def reference_loss(ctx: Any, mu: Tensor, logvar: Tensor, x: Tensor, row_weight: Grad) -> Tensor:
-        return weighted_sum(reference.gaussian_nll(mu, logvar, x), row_weight)
+        return weighted_sum(reference.gaussian_nll(mu, logvar, x, logvar_floor=ctx.logvar_floor), row_weight)
 
 
 class LinearBernoulliLoss(_OnePass):
@@ -191,11 +197,12 @@ class LinearGaussianLoss(_OnePass):
     @staticmethod
     def grads(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         h, weight, bias, x, row_weight = inputs
-        nll, dout = ctx.likelihood.nll_and_grad(linear(ctx.kernels, h, weight, bias), x, row_weight)
+        out = linear(ctx.kernels, h, weight, bias)
+        nll, dout, dbias = ctx.likelihood.one_pass(out, x, row_weight, column_sums=True)
         dh, dweight = linear_grads(ctx.kernels, dout, h, weight)
         assert dh is not None
         assert dweight is not None
-        return nll, dh, dweight, dout.flatten(0, -2).sum(0)
+        return nll, dh, dweight, dbias.to(bias.dtype)
 
     @staticmethod
     def reference_loss(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, row_weight: Grad) -> Tensor:

@@ -314,13 +314,14 @@ def bernoulli_nll(logits: Tensor, x: Tensor, *, binarize_seed: Tensor | None = N
     return reference.bernoulli_nll(logits, x, binarize_seed=seed, example_offset=example_offset)
 
 
-def gaussian_nll(mu: Tensor, logvar: Tensor, x: Tensor) -> Tensor:
+def gaussian_nll(mu: Tensor, logvar: Tensor, x: Tensor, *, logvar_floor: float | None = None) -> Tensor:
     """-log N(x; mu, exp(logvar)) = 1/2 sum_d [log 2 pi + logvar_d + (x_d - mu_d)^2 exp(-logvar_d)], in nats.
 
     Args:
         mu: `[..., D]`, for example `[K, B, D]`.
         logvar: per element (as `mu`), per feature `[D]`, or one for all `[]`.
         x: data that broadcasts to `mu`; not copied.
+        logvar_floor: if given, `logvar` is raw, and the log-variance `logvar_floor + softplus(logvar - logvar_floor)`.
 
     Returns:
         `[...]` float32 (float64 for float64 predictions); the constant is included.
@@ -333,8 +334,8 @@ def gaussian_nll(mu: Tensor, logvar: Tensor, x: Tensor) -> Tensor:
     mu, logvar, x = _gaussian_args(mu, logvar, x)
     kernels = None if x.requires_grad else _kernels("gaussian_nll", mu, logvar, x)
     if kernels is not None:
-        return _autograd.apply(_autograd.GaussianNLL, kernels, mu, logvar, x)
-    return reference.gaussian_nll(mu, logvar, x)
+        return _autograd.apply(_autograd.GaussianNLL, kernels, mu, logvar, x, logvar_floor)
+    return reference.gaussian_nll(mu, logvar, x, logvar_floor=logvar_floor)
 
 
 def _gaussian_args(mu: Tensor, logvar: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -369,7 +370,9 @@ def bernoulli_nll_loss(
     return _one_pass.weighted_sum(nll, row_weight), nll.detach()
 
 
-def gaussian_nll_loss(mu: Tensor, logvar: Tensor, x: Tensor, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def gaussian_nll_loss(
+    mu: Tensor, logvar: Tensor, x: Tensor, *, weight: Tensor | None = None, logvar_floor: float | None = None
+) -> tuple[Tensor, Tensor]:
     """`((weight * nll).sum(), nll)` with `nll = gaussian_nll(mu, logvar, x)`, its gradients made in the same pass.
 
     `weight` as in `bernoulli_nll_loss`, the other arguments and errors as `gaussian_nll`.
@@ -378,8 +381,8 @@ def gaussian_nll_loss(mu: Tensor, logvar: Tensor, x: Tensor, *, weight: Tensor |
     row_weight = row_weights(weight, mu.shape[:-1], mu)
     kernels = _training_kernels("gaussian_nll", x, mu, logvar)
     if kernels is not None:
-        return _autograd.apply(_one_pass.GaussianLoss, kernels, mu, logvar, x, row_weight)
-    nll = gaussian_nll(mu, logvar, x)
+        return _autograd.apply(_one_pass.GaussianLoss, kernels, mu, logvar, x, row_weight, logvar_floor)
+    nll = gaussian_nll(mu, logvar, x, logvar_floor=logvar_floor)
     return _one_pass.weighted_sum(nll, row_weight), nll.detach()
 
 
@@ -431,10 +434,10 @@ def linear_gaussian_nll_loss(
     _check_two_halves(h, weight, bias)
     autocast = torch.is_autocast_enabled(h.device.type)
     kernels = None if autocast else _training_kernels("gaussian_nll", x, h, weight, bias)
-    likelihood = _linear_nll.Gaussian(kernels, logvar_floor)
     if kernels is None:
-        mu, logvar = likelihood.split(torch.nn.functional.linear(h, weight, bias))
-        return gaussian_nll_loss(mu, logvar, x, weight=row_weight)
+        mu, logvar = torch.nn.functional.linear(h, weight, bias).chunk(2, dim=-1)
+        return gaussian_nll_loss(mu, logvar, x, weight=row_weight, logvar_floor=logvar_floor)
+    likelihood = _linear_nll.Gaussian(kernels, logvar_floor)
     x = data_like(x, h.new_empty(()).expand(*h.shape[:-1], weight.shape[0] // 2))
     row_weight = row_weights(row_weight, h.shape[:-1], h)
     return _autograd.apply(_one_pass.LinearGaussianLoss, likelihood, h, weight, bias, x, row_weight)
@@ -504,16 +507,16 @@ def linear_bernoulli_nll(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> 
 def linear_gaussian_nll(
     h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, *, logvar_floor: float | None = None
 ) -> Tensor:
-    """`gaussian_nll(mu, logvar, x)` with (mu, raw) the halves of `F.linear(h, weight, bias)`, which is never stored.
+    """`gaussian_nll(mu, logvar, x)` of the two halves of `F.linear(h, weight, bias)`, which is never stored.
 
-    logvar is raw, or `logvar_floor + softplus(raw - logvar_floor)`. `weight [2 D, H]`, `bias [2 D]`; otherwise as
-    `linear_bernoulli_nll`.
+    `weight [2 D, H]`, `bias [2 D]`, `logvar_floor` as in `gaussian_nll`; otherwise as `linear_bernoulli_nll`.
     """
     _check_two_halves(h, weight, bias)
     kernels = _layer_kernels("gaussian_nll", h, weight, bias, x)
-    likelihood = _linear_nll.Gaussian(kernels, logvar_floor)
     if kernels is None:
-        return gaussian_nll(*likelihood.split(torch.nn.functional.linear(h, weight, bias)), x)
+        mu, logvar = torch.nn.functional.linear(h, weight, bias).chunk(2, dim=-1)
+        return gaussian_nll(mu, logvar, x, logvar_floor=logvar_floor)
+    likelihood = _linear_nll.Gaussian(kernels, logvar_floor)
     return _linear_nll_of(likelihood, h, weight, bias, x, weight.shape[0] // 2)
 
 

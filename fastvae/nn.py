@@ -121,19 +121,23 @@ class GaussianLikelihood(Likelihood):
         self.outputs_per_element = 1 if shared_logvar else 2
         self.raw_logvar = nn.Parameter(torch.zeros(())) if shared_logvar else None
 
-    def mean_and_logvar(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        """`[..., D]` means and log-variances (scalar when shared), the floor applied."""
+    def _mean_and_raw(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """`[..., D]` means and raw log-variances (scalar when shared)."""
         if self.raw_logvar is None:
             mu, raw = params.chunk(2, dim=-1)
-        else:
-            mu, raw = params, self.raw_logvar.to(params.dtype)
-        return mu, self.logvar_floor + torch.nn.functional.softplus(raw - self.logvar_floor)
+            return mu, raw
+        return params, self.raw_logvar.to(params.dtype)
+
+    def mean_and_logvar(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """`[..., D]` means and log-variances (scalar when shared), the floor applied."""
+        mu, raw = self._mean_and_raw(params)
+        return mu, reference.with_floor(raw, self.logvar_floor)
 
     def nll(self, params: Tensor, x: Tensor) -> Tensor:
-        return F.gaussian_nll(*self.mean_and_logvar(params), x)
+        return F.gaussian_nll(*self._mean_and_raw(params), x, logvar_floor=self.logvar_floor)
 
     def loss(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return F.gaussian_nll_loss(*self.mean_and_logvar(params), x, weight=weight)
+        return F.gaussian_nll_loss(*self._mean_and_raw(params), x, weight=weight, logvar_floor=self.logvar_floor)
 
     def linear_loss(
         self, h: Tensor, layer: nn.Linear, x: Tensor, weight: Tensor | None = None

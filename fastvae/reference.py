@@ -34,6 +34,7 @@ __all__ = [
     "reparameterize_log_ratio",
     "shuffle_keys",
     "uniform_noise",
+    "with_floor",
 ]
 
 LOG_2PI = math.log(2.0 * math.pi)
@@ -264,12 +265,19 @@ def bernoulli_nll(logits: Tensor, x: Tensor, *, binarize_seed: Tensor | None = N
     return (softplus - x * logits).sum(-1)
 
 
-def gaussian_nll(mu: Tensor, logvar: Tensor, x: Tensor) -> Tensor:
+def with_floor(raw: Tensor, floor: float) -> Tensor:
+    """floor + softplus(raw - floor): above the floor, and smooth."""
+    return floor + torch.nn.functional.softplus(raw - floor)
+
+
+def gaussian_nll(mu: Tensor, logvar: Tensor, x: Tensor, *, logvar_floor: float | None = None) -> Tensor:
     """-log N(x; mu, exp(logvar)) = 1/2 sum_d [log 2 pi + logvar_d + (x_d - mu_d)^2 exp(-logvar_d)]: Appendix C.2.
 
-    `mu [..., D]`, `x [..., D]` (uint8: x / 255), `logvar` per element `[..., D]`, per feature `[D]`, or scalar `[]`.
+    `mu [..., D]`, `x [..., D]` (uint8: x / 255), `logvar` per element `[..., D]`, per feature `[D]`, or scalar `[]`;
+    with a floor it is `with_floor` of what is given.
     """
     mu, logvar = _widen(mu, logvar)
+    logvar = logvar if logvar_floor is None else with_floor(logvar, logvar_floor)
     x = _unit_interval(x, mu.dtype)
     return 0.5 * (LOG_2PI + logvar + (x - mu).square() * torch.exp(-logvar)).sum(-1)
 

@@ -111,7 +111,7 @@ def test_tensors_of_other_devices_are_refused() -> None:
 def test_in_place_is_out_of_place() -> None:
     mu, logvar, x, weight = torch.randn(70, 1100), torch.randn(70, 1100), torch.rand(70, 1100), torch.rand(70)
     nll, *expected, sums = kernels.gaussian_nll_with_grad(mu, logvar, x, weight, True)
-    again, *result, sums_again = kernels.gaussian_nll_with_grad(mu, logvar, x, weight, True, (mu, logvar))
+    again, *result, sums_again = kernels.gaussian_nll_with_grad(mu, logvar, x, weight, True, out=(mu, logvar))
     assert result[0] is mu
     assert result[1] is logvar
     assert all(map(torch.equal, [nll, *expected, *sums], [again, *result, *sums_again]))

@@ -112,17 +112,24 @@ def check_gaussian(
     weight: Tensor,
     *,
     sums: Sequence[bool] = (False, True),
+    floor: float | None = None,
 ) -> None:
     skip_unsupported(kernels, "gaussian_nll", mu, logvar, x)
     inputs = [mu, logvar]
-    exact, exact_grads = exact_values_and_gradients(lambda m, v: reference.gaussian_nll(m, v, x), inputs, [weight])
-    eager, eager_grads = values_and_gradients(lambda m, v: eager_gaussian(m, v, x), inputs, [weight])
+    exact, exact_grads = exact_values_and_gradients(
+        lambda m, v: reference.gaussian_nll(m, v, x, logvar_floor=floor), inputs, [weight]
+    )
+    eager, eager_grads = values_and_gradients(
+        lambda m, v: eager_gaussian(m, v if floor is None else reference.with_floor(v.float(), floor), x),
+        inputs,
+        [weight],
+    )
 
-    assert_all_accurate([kernels.gaussian_nll_fwd(mu, logvar, x)], exact, eager, "nll")
-    gradients = kernels.gaussian_nll_bwd(weight, mu, logvar, x)
+    assert_all_accurate([kernels.gaussian_nll_fwd(mu, logvar, x, floor)], exact, eager, "nll")
+    gradients = kernels.gaussian_nll_bwd(weight, mu, logvar, x, floor)
     assert_all_accurate(list(gradients), exact_grads, eager_grads, "gradient")
     for summed in sums if logvar.shape == mu.shape else (False,):
-        nll, dmu, dlogvar, column_sum = kernels.gaussian_nll_with_grad(mu, logvar, x, weight, summed)
+        nll, dmu, dlogvar, column_sum = kernels.gaussian_nll_with_grad(mu, logvar, x, weight, summed, floor)
         outputs = [nll, dmu, dlogvar]
         assert_all_accurate(outputs, exact + exact_grads, eager + eager_grads, f"one pass, {summed=}")
         assert (column_sum is not None) == summed
@@ -230,6 +237,18 @@ def test_log_variances_far_from_0(backend: str) -> None:
     kernels, device = load_backend(backend), device_of(backend)
     mu, x, weight = (randn(*shape, seed=i, device=device) for i, shape in enumerate([(5, 64), (5, 64), (5,)]))
     check_gaussian(kernels, mu, randn(5, 64, seed=3, device=device, scale=10.0), x, weight)
+
+
+@pytest.mark.parametrize("shared", ["no", "per feature", "scalar"])
+@pytest.mark.parametrize("shape", [(67,), (9, 300), (3, 7, 20), (2, 20000)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_log_variances_with_a_floor(backend: str, dtype: torch.dtype, shape: tuple[int, ...], shared: str) -> None:
+    kernels, device = load_backend(backend), device_of(backend)
+    mu, x = (randn(*shape, seed=i, dtype=dtype, device=device) for i in range(2))
+    wide = {"no": shape, "per feature": shape[-1:], "scalar": ()}[shared]
+    logvar = randn(*wide, seed=3, dtype=dtype, device=device, scale=4.0)
+    check_gaussian(kernels, mu, logvar, x, randn(*shape[:-1], seed=4, device=device), floor=-1.0)
 
 
 @pytest.mark.parametrize("sums", [False, True])

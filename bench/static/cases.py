@@ -131,6 +131,12 @@ def _likelihoods(dtype_name: str, data_name: str, B: int, D: int, main: bool) ->
             "gaussian_nll_with_grad",
             lambda: (tile(), tile(), x(), weight(), True),
         ),
+        ("gaussian_nll fwd, floor", "gaussian_nll_fwd", lambda: (tile(), tile(), x(), -7.0)),
+        (
+            "gaussian_nll one pass, column sums, floor",
+            "gaussian_nll_with_grad",
+            lambda: (tile(), tile(), x(), None, True, -7.0),
+        ),
         (
             "gaussian_nll one pass, logvar per feature",
             "gaussian_nll_with_grad",

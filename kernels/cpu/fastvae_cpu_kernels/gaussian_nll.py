@@ -3,7 +3,8 @@
     d/dmu = (mu - x) exp(-logvar),   d/dlogvar = [1 - (x - mu)^2 exp(-logvar)] / 2
 
 `logvar` is full, per feature `[D]`, or scalar; the gradient of a shared one is summed over what shares it, in the same
-pass. Source: Kingma & Welling 2013, Appendix C.2.
+pass. With a floor it is raw: the log-variance is floor + softplus(raw - floor), and the gradient that of raw.
+Source: Kingma & Welling 2013, Appendix C.2.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from ._data import data_kind, piece_at
 from ._jit import kernel, loop, term
 from ._layout import NO_ROWS, PIECE, Rows, deliver, destination, plan, rows_of, scalars_of, walkable
-from ._math import HALF, ONE, ZERO, exp
+from ._math import HALF, ONE, ZERO, exp, exp_of_negative, log1p
 from ._pieces import add_piece, row_address, store_piece
 from ._pointers import f32_at, f32_scratch, f64_at
 from ._reduce import PartialSums, row_sums, row_totals
@@ -40,6 +41,22 @@ def _grad_terms(mu: Any, logvar: Any, x: Any) -> Any:
     residual = x - mu
     scaled = residual * exp(-logvar)
     return -scaled, HALF * (ONE - residual * scaled)
+
+
+@loop
+def _floor_piece(raw: Any, floor: Any, logvar: Any, slope: Any, count: int) -> None:
+    """logvar = floor + softplus(raw - floor), and its derivative."""
+    for d in range(count):
+        above = raw[d] - floor
+        e = exp_of_negative(-abs(above))
+        logvar[d] = floor + ((above if above > ZERO else ZERO) + log1p(e))
+        slope[d] = (ONE if above >= ZERO else e) / (ONE + e)
+
+
+@loop
+def _chain_piece(grad: Any, slope: Any, count: int) -> None:
+    for d in range(count):
+        grad[d] *= slope[d]
 
 
 @loop
@@ -90,8 +107,11 @@ def _gaussian_kernel(
     across: int,
     height: int,
     width: int,
+    floored: int,
+    floor: float,
 ) -> None:
     x_piece, dmu_piece, dlogvar_piece = f32_scratch(512), f32_scratch(512), f32_scratch(512)
+    logvar_piece, slope = f32_scratch(512), f32_scratch(512)
     # gradients that overwrite nothing are written where they belong
     direct = dlogvar[0] != 0 and dmu[0] != mu[0] and dlogvar[0] != logvar[0]
     for tile in range(first_tile, last_tile):
@@ -112,6 +132,9 @@ def _gaussian_kernel(
                 count = min(PIECE, end - d)
                 x_here = piece_at(x_row, x_kind, d, count, x_piece)
                 m, v = f32_at(mu_row + 4 * d), f32_at(logvar_row + 4 * d)
+                if floored:
+                    _floor_piece(v, np.float32(floor), logvar_piece, slope, count)
+                    v = logvar_piece
                 if dmu[0] == 0:
                     total += _nll_piece(m, v, x_here, count)
                 else:
@@ -121,6 +144,8 @@ def _gaussian_kernel(
                         total += _nll_and_grad_piece(m, v, x_here, w, to_mu, to_logvar, count)
                     else:
                         _grad_piece(m, v, x_here, w, to_mu, to_logvar, count)
+                    if floored:
+                        _chain_piece(to_logvar, slope, count)
                     if not direct:
                         store_piece(dmu_piece, f32_at(dmu_row + 4 * d), count)
                         if dlogvar[0] != 0:
@@ -146,6 +171,7 @@ def _launch(
     with_grad: bool,
     column_sums: bool = False,
     out: tuple[Tensor, Tensor] | None = None,
+    floor: float | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
     """(nll, weight * d nll / d mu, weight * d nll / d logvar, their column sums), each if asked for.
 
@@ -187,6 +213,8 @@ def _launch(
         0 if mu_sums is None else mu_sums.address,
         0 if logvar_sums is None else logvar_sums.address,
         *grid.sizes,
+        int(floor is not None),
+        0.0 if floor is None else float(floor),
     )
     if shared and logvar_sums is not None:
         dlogvar = logvar_sums.total() if logvar.ndim == 0 else logvar_sums.per_column()
@@ -198,16 +226,18 @@ def _launch(
     )
 
 
-def gaussian_nll_fwd(mu: Tensor, logvar: Tensor, x: Tensor) -> Tensor:
+def gaussian_nll_fwd(mu: Tensor, logvar: Tensor, x: Tensor, floor: float | None = None) -> Tensor:
     """nll `[...]` float32 for mu `[..., D]`, logvar `[..., D]`, `[D]` or `[]`, and x `[..., D]` of any data type."""
-    nll, _, _, _ = _launch(mu, logvar, x, None, with_nll=True, with_grad=False)
+    nll, _, _, _ = _launch(mu, logvar, x, None, with_nll=True, with_grad=False, floor=floor)
     assert nll is not None
     return nll
 
 
-def gaussian_nll_bwd(dnll: Tensor, mu: Tensor, logvar: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def gaussian_nll_bwd(
+    dnll: Tensor, mu: Tensor, logvar: Tensor, x: Tensor, floor: float | None = None
+) -> tuple[Tensor, Tensor]:
     """(dmu `[..., D]`, dlogvar of logvar's shape) for dnll `[...]`."""
-    _, dmu, dlogvar, _ = _launch(mu, logvar, x, dnll, with_nll=False, with_grad=True)
+    _, dmu, dlogvar, _ = _launch(mu, logvar, x, dnll, with_nll=False, with_grad=True, floor=floor)
     assert dmu is not None
     assert dlogvar is not None
     return dmu, dlogvar
@@ -219,6 +249,7 @@ def gaussian_nll_with_grad(
     x: Tensor,
     row_weight: Tensor | None,
     column_sums: bool,
+    floor: float | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """(nll, row_weight * dmu, row_weight * dlogvar, sums of both over the rows or None); `out` may be (mu, logvar).
@@ -226,7 +257,7 @@ def gaussian_nll_with_grad(
     `row_weight` `[...]` is 1 / rows where it is None.
     """
     nll, dmu, dlogvar, sums = _launch(
-        mu, logvar, x, row_weight, with_nll=True, with_grad=True, column_sums=column_sums, out=out
+        mu, logvar, x, row_weight, with_nll=True, with_grad=True, column_sums=column_sums, out=out, floor=floor
     )
     assert nll is not None
     assert dmu is not None

@@ -1,4 +1,4 @@
-"""Fast mathematics on bounded ranges: normals from words, exp(x) and exp(x / 2), expm1(x) - x.
+"""Fast mathematics on bounded ranges: normals from words, exp(x) and exp(x / 2), expm1(x) - x, log(1 + x), 1 / x.
 
 Polynomials (minimax, fitted by Lawson's iteration on Chebyshev points) instead of libdevice's general functions: no
 slow path, no local stack, and the same code on NVIDIA, on AMD and in the interpreter. `PRECISE` is for float32 results;
@@ -156,3 +156,36 @@ def expm1_terms(x, exp_x, PRECISE: tl.constexpr):
     series = x * x * tl.fma(x, p, 0.5)
     expm1_x = tl.where(near, x + series, exp_x - 1.0)
     return expm1_x, tl.where(near, series, exp_x - 1.0 - x)
+
+
+@triton.jit
+def inverse(u, PRECISE: tl.constexpr):
+    """1 / u for u >= 1."""
+    root = tl.rsqrt(u)
+    r = root * root
+    if PRECISE:
+        # one step of Newton's method takes the square of an approximate root to the last digit of float32
+        r += r * (1.0 - u * r)
+    return r
+
+
+@triton.jit
+def log1p(q):
+    """log(1 + q) for q >= 0, to the last digits of float32, in half of the instructions of `tl.log`."""
+    u = 1.0 + q
+    # u = 2^n m with m in [sqrt(1/2), sqrt(2)); `exponent` is n * 2^23
+    bits = u.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) & -0x800000
+    m = (bits - exponent).to(tl.float32, bitcast=True)
+    # f = m - 1 + what the sum 1 + q lost: all the digits of a small q
+    f = tl.fma(q - (u - 1.0), (0x3F800000 - exponent).to(tl.float32, bitcast=True), m - 1.0)
+    # log(1 + f) = f + f^2 p(f), a minimax fit with relative error 3e-8
+    p = tl.fma(f, 0.08734843134880066, -0.14307521283626556)
+    p = tl.fma(f, p, 0.14917974174022675)
+    p = tl.fma(f, p, -0.16570508480072021)
+    p = tl.fma(f, p, 0.19962072372436523)
+    p = tl.fma(f, p, -0.25001755356788635)
+    p = tl.fma(f, p, 0.33333951234817505)
+    p = tl.fma(f, p, -0.49999991059303284)
+    # ln(2) / 2^23 per unit of `exponent`
+    return tl.fma(exponent.to(tl.float32), 8.262958405176417e-08, tl.fma(f * f, p, f))

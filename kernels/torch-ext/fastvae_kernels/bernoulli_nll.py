@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ._data import as_bytes, binarize, unit_interval
 from ._layout import Rows, as_rows, device_guard, grid_1d, merge_rows, vector_width
-from ._math import exponential
+from ._math import exponential, inverse, log1p
 from ._philox import load_key
 from ._rows import column_walk, load_weight, locate_rows, output_rows, row_walk, sum_partials, sums_layout
 
@@ -46,11 +46,7 @@ def _nll_terms(logits, x, PRECISE: tl.constexpr):
 @triton.jit
 def _grad(logits, x, e, weight, PRECISE: tl.constexpr):
     """weight * (sigmoid(l) - x), with sigmoid(l) = 1 / (1 + e) or e / (1 + e)."""
-    root = tl.rsqrt(1.0 + e)
-    r = root * root
-    if PRECISE:
-        # one step of Newton's method takes the square of an approximate root to the last digit of float32
-        r += r * (1.0 - (1.0 + e) * r)
+    r = inverse(1.0 + e, PRECISE)
     # by the bits, since LLVM would narrow a comparison of widened float16 values to packed float16
     positive = logits.to(tl.int32, bitcast=True) > 0
     return weight * (tl.where(positive, 1.0, e) * r - x)
@@ -60,28 +56,6 @@ def _grad(logits, x, e, weight, PRECISE: tl.constexpr):
 def _times(q, e):
     """(1 + q) (1 + e) - 1."""
     return q + (e + q * e)
-
-
-@triton.jit
-def _log1p(q):
-    """log(1 + q) for q >= 0, to the last digits of float32, in half of the instructions of `tl.log`."""
-    u = 1.0 + q
-    # u = 2^n m with m in [sqrt(1/2), sqrt(2)); `exponent` is n * 2^23
-    bits = u.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F3504F3) & -0x800000
-    m = (bits - exponent).to(tl.float32, bitcast=True)
-    # f = m - 1 + what the sum 1 + q lost: all the digits of a small q
-    f = tl.fma(q - (u - 1.0), (0x3F800000 - exponent).to(tl.float32, bitcast=True), m - 1.0)
-    # log(1 + f) = f + f^2 p(f), a minimax fit with relative error 3e-8
-    p = tl.fma(f, 0.08734843134880066, -0.14307521283626556)
-    p = tl.fma(f, p, 0.14917974174022675)
-    p = tl.fma(f, p, -0.16570508480072021)
-    p = tl.fma(f, p, 0.19962072372436523)
-    p = tl.fma(f, p, -0.25001755356788635)
-    p = tl.fma(f, p, 0.33333951234817505)
-    p = tl.fma(f, p, -0.49999991059303284)
-    # ln(2) / 2^23 per unit of `exponent`
-    return tl.fma(exponent.to(tl.float32), 8.262958405176417e-08, tl.fma(f * f, p, f))
 
 
 @triton.jit
@@ -101,7 +75,7 @@ def _row_sum(linear, q, LOG_GROUP: tl.constexpr, FOLDS: tl.constexpr = 0):
         q_a, q_b = _pairs(q)
         linear = linear_a + linear_b
         q = _times(q_a, q_b)
-    total = linear + _log1p(q)
+    total = linear + log1p(q)
     for _ in tl.static_range(FOLDS):
         total_a, total_b = _pairs(total)
         total = total_a + total_b

@@ -5,6 +5,8 @@
 
 mu `[*leading, D]` float32, bfloat16 or float16; x of the same shape, float, bool or uint8 (x / 255); logvar of the same
 shape, per feature `[D]` or scalar `[]`, and dlogvar summed to that; nll `[*leading]` float32, nats.
+
+With a floor, logvar is raw: the log-variance is floor + softplus(raw - floor), and dlogvar is the gradient of raw.
 """
 
 # triton ships no types, and types jitted functions at launch
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from ._data import as_bytes, unit_interval
 from ._layout import Rows, as_rows, device_guard, grid_1d, merge_rows, vector_width
-from ._math import exponential
+from ._math import exponential, inverse, log1p
 from ._rows import column_walk, load_weight, locate_rows, output_rows, row_walk, sum_partials
 
 _LOG_2_PI = tl.constexpr(1.8378770664093453)
@@ -41,6 +43,15 @@ def _terms(mu, logvar, x, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def _floored(raw, floor, PRECISE: tl.constexpr):
+    """(floor + softplus(raw - floor), its derivative)."""
+    above = raw - floor
+    e = exponential(-tl.abs(above), PRECISE)
+    logvar = floor + (tl.maximum(above, 0.0) + log1p(e))
+    return logvar, tl.where(above > 0.0, 1.0, e) * inverse(1.0 + e, PRECISE)
+
+
+@triton.jit
 def _step(
     mu_row,  # pointers [ROWS, 1]
     logvar_row,  # pointers [ROWS, 1]
@@ -56,8 +67,10 @@ def _step(
     x_stride_d,
     dmu_stride_d,
     dlogvar_stride_d,
+    floor,
     COLS: tl.constexpr,
     LEVELS: tl.constexpr,
+    FLOORED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """The columns from `first` on: twice their nll, without the constant, dmu and dlogvar, also stored."""
@@ -68,9 +81,14 @@ def _step(
     mu = tl.load(mu_row + col * mu_stride_d, mask, other=0.0).to(tl.float32)
     x = unit_interval(tl.load(x_row + col * x_stride_d, mask, other=0), LEVELS, PRECISE)
     logvar = tl.load(logvar_row + col * logvar_stride_d, mask, other=0.0).to(tl.float32)
+    if FLOORED:
+        logvar, slope = _floored(logvar, floor, PRECISE)
+        logvar = tl.where(mask, logvar, 0.0) if MASKED else logvar
     scaled, s = _terms(mu, logvar, x, PRECISE)
     dmu = -weight * scaled
     dlogvar = 0.5 * weight * (1.0 - s)
+    if FLOORED:
+        dlogvar *= slope
     if dmu_row is not None:
         tl.store(dmu_row + col * dmu_stride_d, dmu.to(dmu_row.dtype.element_ty), mask)
     if dlogvar_row is not None:
@@ -111,8 +129,10 @@ def _gaussian_nll_kernel(
     tiles,
     splits,
     chunks,
+    floor: tl.float32,
     WIDTH: tl.constexpr,
     LEVELS: tl.constexpr,
+    FLOORED: tl.constexpr,
     SHARED: tl.constexpr,
     SAMPLES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -149,7 +169,7 @@ def _gaussian_nll_kernel(
         if SUMS:
             terms, dmu, dlogvar = _step(
                 mu_row, logvar_row, x_row, dmu_row, dlogvar_row, weight, split * COLS, D, in_rows, mu_stride_d,
-                logvar_stride_d, x_stride_d, dmu_stride_d, dlogvar_stride_d, COLS, LEVELS, True,
+                logvar_stride_d, x_stride_d, dmu_stride_d, dlogvar_stride_d, floor, COLS, LEVELS, FLOORED, True,
             )  # fmt: skip
             dmu_sum += dmu
             dlogvar_sum += dlogvar
@@ -159,7 +179,7 @@ def _gaussian_nll_kernel(
             for chunk in range(begin, tl.minimum(begin + chunks, whole)):
                 terms, dmu, dlogvar = _step(
                     mu_row, logvar_row, x_row, dmu_row, dlogvar_row, weight, chunk * COLS, D, in_rows, mu_stride_d,
-                    logvar_stride_d, x_stride_d, dmu_stride_d, dlogvar_stride_d, COLS, LEVELS, False,
+                    logvar_stride_d, x_stride_d, dmu_stride_d, dlogvar_stride_d, floor, COLS, LEVELS, FLOORED, False,
                 )  # fmt: skip
                 # neighbours first, for half of the registers
                 left, right = tl.split(tl.reshape(terms, (ROWS, COLS // 2, 2)))
@@ -169,7 +189,7 @@ def _gaussian_nll_kernel(
                 if split == splits - 1:
                     tail, dmu, dlogvar = _step(
                         mu_row, logvar_row, x_row, dmu_row, dlogvar_row, weight, whole * COLS, D, in_rows, mu_stride_d,
-                        logvar_stride_d, x_stride_d, dmu_stride_d, dlogvar_stride_d, TAIL, LEVELS, True,
+                        logvar_stride_d, x_stride_d, dmu_stride_d, dlogvar_stride_d, floor, TAIL, LEVELS, FLOORED, True,
                     )  # fmt: skip
                     nll += tl.sum(tail, axis=1, keep_dims=True)
         if nll_ptr is not None:
@@ -198,6 +218,7 @@ def _launch(
     *,
     loss: bool,
     sums: bool,
+    floor: float | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """One pass: (nll, sums of dmu and dlogvar `[2, D]`) as far as they are wanted, gradients into `dmu` and `dlogvar`.
 
@@ -248,8 +269,10 @@ def _launch(
             walk.tiles,
             walk.splits,
             walk.chunks,
+            0.0 if floor is None else floor,
             WIDTH=width,
             LEVELS=levels,
+            FLOORED=floor is not None,
             SHARED=shared,
             SAMPLES=K > 1,
             ROWS=walk.rows,
@@ -264,11 +287,11 @@ def _launch(
     return None, None
 
 
-def gaussian_nll_fwd(mu: Tensor, logvar: Tensor, x: Tensor) -> Tensor:
+def gaussian_nll_fwd(mu: Tensor, logvar: Tensor, x: Tensor, floor: float | None = None) -> Tensor:
     """nll float32 `[*leading]`."""
     if not mu.numel():
         return mu.new_zeros(mu.shape[:-1], dtype=torch.float32)
-    nll, _ = _launch(mu, logvar, x, None, None, None, loss=True, sums=False)
+    nll, _ = _launch(mu, logvar, x, None, None, None, loss=True, sums=False, floor=floor)
     assert nll is not None
     return nll
 
@@ -282,6 +305,7 @@ def _gradients(
     *,
     loss: bool,
     sums: bool,
+    floor: float | None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     """(nll, dmu, dlogvar, sums of both); a shared dlogvar is a sum over the rows, in the shape and dtype of logvar."""
     if out is not None:
@@ -292,13 +316,15 @@ def _gradients(
     if not mu.numel():
         nll = mu.new_zeros(mu.shape[:-1], dtype=torch.float32)
         return nll, dmu, dlogvar.zero_(), mu.new_zeros((2, mu.shape[-1]), dtype=torch.float32) if sums else None
-    losses, both = _launch(mu, logvar, x, weight, dmu, dlogvar, loss=loss, sums=sums)
+    losses, both = _launch(mu, logvar, x, weight, dmu, dlogvar, loss=loss, sums=sums, floor=floor)
     return losses, dmu, dlogvar, both if sums else None
 
 
-def gaussian_nll_bwd(dnll: Tensor, mu: Tensor, logvar: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def gaussian_nll_bwd(
+    dnll: Tensor, mu: Tensor, logvar: Tensor, x: Tensor, floor: float | None = None
+) -> tuple[Tensor, Tensor]:
     """(dmu, dlogvar) in the dtypes and shapes of mu and logvar; dnll float32 `[*leading]` of any strides."""
-    _, dmu, dlogvar, _ = _gradients(dnll, mu, logvar, x, None, loss=False, sums=False)
+    _, dmu, dlogvar, _ = _gradients(dnll, mu, logvar, x, None, loss=False, sums=False, floor=floor)
     return dmu, dlogvar
 
 
@@ -308,6 +334,7 @@ def gaussian_nll_with_grad(
     x: Tensor,
     row_weight: Tensor | None,
     column_sums: bool,
+    floor: float | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """(nll, dmu, dlogvar, column sums of dmu and dlogvar `[D]` float32 or None) in one pass over mu, logvar and x.
@@ -316,6 +343,6 @@ def gaussian_nll_with_grad(
     1 / rows. `out` takes them, in any strides, and may be mu and logvar themselves. `column_sums` needs a logvar in the
     shape of mu.
     """
-    nll, dmu, dlogvar, sums = _gradients(row_weight, mu, logvar, x, out, loss=True, sums=column_sums)
+    nll, dmu, dlogvar, sums = _gradients(row_weight, mu, logvar, x, out, loss=True, sums=column_sums, floor=floor)
     assert nll is not None
     return nll, dmu, dlogvar, None if sums is None else (sums[0], sums[1])

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ._data import as_bytes, unit_interval
 from ._layout import as_rows, device_guard, grid_1d, vector_width
+from ._math import log1p
 from ._rows import locate_rows, sum_partials
-from .bernoulli_nll import _PADDING, _log1p, _nll_terms, _pairs, _times
+from .bernoulli_nll import _PADDING, _nll_terms, _pairs, _times
 
 # (rows, columns, depth, programs) of a tile, as large as the registers of its eight warps hold on every architecture:
 # the larger, the less often h and W come from the caches. As many programs as run at a time on the largest GPUs. For
@@ -46,7 +47,7 @@ def _row_sum_of_accumulators(linear, q):
         q_a, q_b = _halves(q)
         linear = linear_a + linear_b
         q = _times(q_a, q_b)
-    return tl.sum(linear + _log1p(q), axis=1, keep_dims=True)
+    return tl.sum(linear + log1p(q), axis=1, keep_dims=True)
 
 
 @triton.jit(
