@@ -232,6 +232,36 @@ class TestOnePassLosses:
         got, want = (torch.autograd.grad(3.0 * value, (mu, logvar)) for value in (loss, expected))
         torch.testing.assert_close(got, want)
 
+    @pytest.mark.parametrize("shape", [(4, 33), (33,), ()], ids=str)
+    def test_gaussian_with_a_floor(self, shape: tuple[int, ...]) -> None:
+        """Raw log-variances in, both passes and one, and differentiated twice."""
+        mu, x = torch.randn(4, 33, requires_grad=True), torch.rand(4, 33)
+        raw = torch.randn(shape, requires_grad=True)
+        logvar = -0.5 + torch.nn.functional.softplus(raw + 0.5)
+        expected = reference.gaussian_nll(mu, logvar, x).mean()
+        for value in (
+            F.gaussian_nll(mu, raw, x, logvar_floor=-0.5).mean(),
+            F.gaussian_nll_loss(mu, raw, x, logvar_floor=-0.5)[0],
+        ):
+            torch.testing.assert_close(value, expected)
+            got, want = (torch.autograd.grad(v, (mu, raw), create_graph=True) for v in (value, expected))
+            torch.testing.assert_close(got, want)
+            seconds = [
+                torch.autograd.grad(first[1].square().sum(), (mu, raw), retain_graph=True) for first in (got, want)
+            ]
+            torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-5)
+            plain = torch.autograd.grad(value, (mu, raw), retain_graph=True)
+            torch.testing.assert_close(plain, want)
+
+    def test_of_no_rows_the_mean_is_0(self) -> None:
+        logits = torch.zeros(0, 3, requires_grad=True)
+        for loss, _ in (
+            F.bernoulli_nll_loss(logits, logits.detach()),
+            F.gaussian_nll_loss(logits, logits, logits.detach()),
+        ):
+            assert loss.item() == 0.0
+            assert torch.autograd.grad(loss, logits)[0].shape == (0, 3)
+
     def test_shared_logvar(self) -> None:
         mu, x = torch.randn(4, 33, requires_grad=True), torch.rand(4, 33)
         for shape in ((), (33,)):

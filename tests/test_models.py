@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastvae import reference
 from fastvae.errors import FastvaeError
 from fastvae.models import VAE
 from fastvae.nn import BernoulliLikelihood, GaussianLikelihood, Likelihood
@@ -82,6 +83,19 @@ def test_the_log_variance_has_a_smooth_floor() -> None:
     assert (logvar >= -5.0).all()
     (grad,) = torch.autograd.grad(logvar.sum(), raw)
     assert grad[1, 1] > 0.5
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_gaussian_likelihood_is_the_same_in_all_its_forms(shared: bool) -> None:
+    likelihood = GaussianLikelihood(shared_logvar=shared, logvar_floor=-0.5)
+    layer, h, x = nn.Linear(7, 9 * likelihood.outputs_per_element), torch.randn(5, 7), torch.rand(5, 9)
+    params = layer(h)
+    expected = reference.gaussian_nll(*likelihood.mean_and_logvar(params), x)
+    for nll in (likelihood.nll(params, x), likelihood.linear_nll(h, layer, x)):
+        torch.testing.assert_close(nll, expected)
+    for loss, nll in (likelihood.loss(params, x), likelihood.linear_loss(h, layer, x)):
+        torch.testing.assert_close(nll, expected)
+        torch.testing.assert_close(loss, expected.mean())
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import inspect
+import itertools
 import os
 import platform
 import re
@@ -248,3 +250,50 @@ def test_the_cache_is_used_by_other_processes_and_by_no_other_source(tmp_path: P
     assert list((tmp_path / "cache").rglob("*.nbi"))
     (tmp_path / "file").write_text("not a directory")
     assert run(HOME=str(tmp_path / "file"), XDG_CACHE_HOME=str(tmp_path / "file")) == (changed, 0)
+
+
+def _rows_apart(t: Tensor) -> Tensor:
+    """The same values, with a gap after each row."""
+    wide = t.new_zeros(*t.shape[:-1], t.shape[-1] + 1)
+    wide[..., :-1] = t
+    return wide[..., :-1]
+
+
+def _samples_apart(t: Tensor) -> Tensor:
+    """With a gap after each sample `[B, L]`, if there are several."""
+    wide = t.new_zeros(*t.shape[:-2], t.shape[-2] + 1, t.shape[-1])
+    wide[..., :-1, :] = t
+    return wide[..., :-1, :]
+
+
+@pytest.mark.parametrize("shape", [(70, 20), (5, 3), (2, 5, 8), (3, 2, 7)], ids=str)
+def test_rows_that_follow_each_other_are_walked_as_one(shape: tuple[int, ...]) -> None:
+    """With the results of rows that do not, whichever tensor they are of."""
+    mu, logvar, dz = (torch.randn(*shape) for _ in range(3))
+    dr = torch.randn(*shape[:-1])
+
+    def results(mu: Tensor, logvar: Tensor, dz: Tensor) -> list[Tensor]:
+        ratio = kernels.reparameterize_log_ratio_fwd(mu, logvar, SEED, 1, 5, 2)
+        return [
+            kernels.reparameterize_fwd(mu, logvar, SEED, None, 5, 2, 0),
+            kernels.reparameterize_bwd(dz, logvar, SEED, None, 5, 2, 0)[1],
+            *kernels.reparameterize_bwd(dz[None], logvar, SEED, 1, 5, 2, 0),
+            *ratio,
+            *kernels.reparameterize_log_ratio_bwd(dz[None], dr[None], mu, logvar, SEED, 1, False, 5, 2),
+        ]
+
+    expected = results(*map(_rows_apart, (mu, logvar, dz)))
+    for one in (_rows_apart, _samples_apart):
+        for layouts in itertools.product((torch.clone, one), repeat=3):
+            got = results(*(layout(t) for layout, t in zip(layouts, (mu, logvar, dz), strict=True)))
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_garbage_collector_is_as_it_was_after_a_compilation() -> None:
+    @_jit.kernel
+    def nothing(n: int) -> None:
+        pass
+
+    assert gc.isenabled()
+    nothing(1)
+    assert gc.isenabled()
