@@ -38,7 +38,7 @@ class _NoAlias(Compiler):
 
 
 class _LinkedIn(JITCodeLibrary):
-    """Code for others to inline: no machine code is made of it alone, a tenth of the time of all compilation."""
+    """Code for others to inline. No machine code is made of it alone, which would be a tenth of all compilation."""
 
     def _finalize_final_module(self) -> None:
         self._finalized = True

@@ -33,8 +33,8 @@ _NS_PER_ELEMENT = 0.25
 LINE, CHAINS, FLUSH = 16, 4, 2
 BLOCK = 4 * LINE
 # tensors of so many elements are not in a core's own cache. There the processor asks for data too late, as it looks
-# ahead over arithmetic first: told 8 KiB before, 4096 x 784 takes 20 % less time
-# (Zen 5). Of data or gradients in scratch there is nothing ahead, which costs a few instructions
+# ahead over arithmetic first: told 8 KiB before, 4096 x 784 takes 20 % less time (Zen 5). Of data or gradients in
+# scratch there is nothing ahead, which costs a few instructions
 FAR = 2**19
 
 

@@ -227,7 +227,10 @@ def _launch(
 
 
 def gaussian_nll_fwd(mu: Tensor, logvar: Tensor, x: Tensor, floor: float | None = None) -> Tensor:
-    """nll `[...]` float32 for mu `[..., D]`, logvar `[..., D]`, `[D]` or `[]`, and x `[..., D]` of any data type."""
+    """nll `[...]` float32 for mu `[..., D]`, logvar `[..., D]`, `[D]` or `[]`, and x `[..., D]` of any data type.
+
+    With a `floor` logvar is raw, here and below.
+    """
     nll, _, _, _ = _launch(mu, logvar, x, None, with_nll=True, with_grad=False, floor=floor)
     assert nll is not None
     return nll
